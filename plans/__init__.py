@@ -1,0 +1,40 @@
+"""What a plan is: the format of ``FORMAT.md`` in code. Imports nothing heavy, nothing of flowmm but its errors."""
+
+from flowmm.plans.diff import Change, PlanDiff, diff
+from flowmm.plans.fields import source_name, utc_now
+from flowmm.plans.fingerprint import (
+    CalibrationFingerprint,
+    Environment,
+    Mismatch,
+    ModelFingerprint,
+    TokenStatistics,
+)
+from flowmm.plans.layers import LayerPlan, Mode, RhoStatistics, decide_mode, scale_budgets
+from flowmm.plans.method import PRESETS, MethodParameters
+from flowmm.plans.schema import Plan
+from flowmm.plans.shipped import resolve_plan, shipped_names
+from flowmm.plans.unprofiled import unprofiled_plan
+
+__all__ = [
+    "PRESETS",
+    "CalibrationFingerprint",
+    "Change",
+    "Environment",
+    "LayerPlan",
+    "MethodParameters",
+    "Mismatch",
+    "Mode",
+    "ModelFingerprint",
+    "Plan",
+    "PlanDiff",
+    "RhoStatistics",
+    "TokenStatistics",
+    "decide_mode",
+    "diff",
+    "resolve_plan",
+    "scale_budgets",
+    "shipped_names",
+    "source_name",
+    "unprofiled_plan",
+    "utc_now",
+]

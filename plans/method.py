@@ -1,0 +1,122 @@
+"""Method parameters: every choice the FlowMM paper leaves open, as a named, validated option.
+
+The gaps and their readings are numbered G1-G33 in the project's method notes; each field names the paper's symbol or
+equation it settles. A plan stores these parameters, so a run is described completely by plan, budget and prompt.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+MERGE_OPERATORS = (
+    "evict",
+    "average",
+    "pivotal",
+    "weighted",
+    "weighted_norm",
+    "factory_weighted",
+    "d2o",
+    "gauss",
+    "kvpress",
+    "mass",
+    "keep_mass",
+    "keep_mass_bias",
+    "count_bias",
+    "tangent",
+)
+
+
+def parse_rule(rule: str, known: dict[str, bool]) -> tuple[str, float | None]:
+    """Split ``name`` or ``name:number``; `known` says for each name whether it takes a number.
+
+    Raises:
+        ValueError: unknown name, missing or unwanted number (pydantic turns it into a field error).
+    """
+    name, colon, number = rule.partition(":")
+    if name not in known:
+        raise ValueError(f"{rule!r}: expected one of {', '.join(sorted(known))}")
+    if known[name] != bool(colon):
+        raise ValueError(f"{rule!r}: write {name + ':<number>' if known[name] else name}")
+    return name, float(number) if colon else None
+
+
+TAU_RULES = {"abs": True, "mean_mult": True, "pivot_quantile": True, "mass": True, "none": False}
+PROXY_RULES = {"last": True, "last_text": True}
+
+
+class MethodParameters(BaseModel):
+    """What happens to a layer's KV cache after prefill. Defaults are the ``robust`` preset."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    preset: str = Field("robust", description="preset these parameters started from")
+    budget: float = Field(
+        0.2, gt=0, le=1, description="share of the prompt's entries kept, unless a run asks otherwise"
+    )
+
+    theta: float = Field(0.25, ge=0, le=1, description="rho above theta: cross-modal layer (eq. 6-7)")
+    flow: Literal["on", "off:any", "off:intra", "inverted"] = Field(
+        "on", description="on: the layer's mode decides; the others are controls"
+    )
+    cross_scope: Literal["any", "other_only"] = Field(
+        "any", description="a cross layer merges into pivots of any modality, or of the other one only"
+    )
+
+    proxies: str = Field("last_text:32", description="rows that give importance (eq. 8): last:n | last_text:n")
+    keep_proxies: bool = Field(True, description="proxies are kept, inside the budget")
+    n_sink: int = Field(4, ge=0, description="first entries kept inside the budget; they never absorb")
+    gqa_reduce: Literal["mean", "max", "sum"] = Field("mean", description="query heads to KV head")
+
+    gate: bool = Field(True, description="only pivots with importance <= tau absorb (eq. 10)")
+    tau: str = Field("pivot_quantile:0.8", description="abs:x | mean_mult:c | pivot_quantile:q | mass:mu | none")
+    gate_action: Literal["reroute", "drop"] = Field(
+        "reroute", description="entry whose nearest pivot is protected: next eligible pivot, or evicted"
+    )
+    fallback: Literal["drop", "relax_tau", "any_modality"] = Field(
+        "drop", description="entry without any eligible pivot in its modality"
+    )
+    min_sim: float = Field(-1.0, ge=-1, le=1, description="cosine below which an entry is evicted, not merged")
+    merge: str = Field("keep_mass", description="merge operator (eq. 5)")
+
+    @field_validator("tau")
+    @classmethod
+    def _tau_rule(cls, rule: str) -> str:
+        parse_rule(rule, TAU_RULES)
+        return rule
+
+    @field_validator("proxies")
+    @classmethod
+    def _proxy_rule(cls, rule: str) -> str:
+        _, count = parse_rule(rule, PROXY_RULES)
+        if count is None or count < 1 or count != int(count):
+            raise ValueError(f"{rule!r}: the number of proxies is a whole number of at least 1")
+        return rule
+
+    @field_validator("merge")
+    @classmethod
+    def _merge_operator(cls, name: str) -> str:
+        if name not in MERGE_OPERATORS:
+            raise ValueError(f"{name!r}: expected one of {', '.join(MERGE_OPERATORS)}")
+        return name
+
+    @classmethod
+    def from_preset(cls, preset: str, **changes: object) -> Self:
+        """Parameters of a named preset with some fields changed.
+
+        Raises:
+            ValueError: no such preset (KeyError is avoided so that pydantic and click can show it).
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
+        return cls.model_validate({"preset": preset, **PRESETS[preset], **changes})
+
+
+PRESETS: dict[str, dict[str, object]] = {
+    # The closest literal reading of the paper (eq. 5-10); nothing forced, one operator for keys and values.
+    "paper": {"merge": "average", "keep_proxies": False, "n_sink": 0},
+    "robust": {},
+    # Same pivots as `robust`, nothing merged: separates selection from merging.
+    "evict": {"merge": "evict", "gate": False},
+}

@@ -1,0 +1,18 @@
+"""The online half: compress a prompt's KV cache layer by layer and decode on what is left."""
+
+from flowmm.runtime.cache import CompressionSettings, FlowCache
+from flowmm.runtime.context import PlanFitWarning, Run, compress
+from flowmm.runtime.online import FlowDriftWarning, OnlineCheck
+from flowmm.runtime.report import LayerReport, RunReport
+
+__all__ = [
+    "CompressionSettings",
+    "FlowCache",
+    "FlowDriftWarning",
+    "LayerReport",
+    "OnlineCheck",
+    "PlanFitWarning",
+    "Run",
+    "RunReport",
+    "compress",
+]

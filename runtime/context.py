@@ -1,0 +1,213 @@
+"""``with flowmm.compress(model, plan) as run``: generation on a merged cache, and the model as it was afterwards."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from flowmm.errors import FlowmmError, InputError, UnsupportedModelError
+from flowmm.models import fingerprint_model, text_config, visual_mask
+from flowmm.plans import LayerPlan, MethodParameters, Plan, resolve_plan
+from flowmm.runtime.attention import attached
+from flowmm.runtime.budgets import Budget, validate_budget
+from flowmm.runtime.cache import CompressionSettings, FlowCache
+from flowmm.runtime.online import CheckAction, OnlineCheck, PlannedRho
+from flowmm.runtime.report import RunReport, build_report
+
+PREPARE_CACHE = "_prepare_cache_for_generation"
+
+
+class PlanFitWarning(UserWarning):
+    """The plan fits the model's shape but was made on other weights or another revision."""
+
+
+class Run:
+    """Handle of a ``compress`` block: makes caches and reports what happened to the latest prompt.
+
+    Attributes:
+        plan: the plan in use.
+        settings: method, modes, budget and check of every cache this run makes.
+    """
+
+    def __init__(self, model: Any, plan: Plan, settings: CompressionSettings) -> None:
+        self.plan = plan
+        self.settings = settings
+        self._config = model.config
+        self._latest: FlowCache | None = None
+
+    def new_cache(self) -> FlowCache:
+        """A cache for one prompt (or batch), to pass as ``past_key_values=`` to ``generate`` or to a forward call.
+
+        Pass it again with a longer sequence of ids to continue the conversation. It works inside this run's block only.
+        """
+        return FlowCache(self.settings)
+
+    @property
+    def cache(self) -> FlowCache:
+        """The cache of the latest prompt.
+
+        Raises:
+            FlowmmError: nothing has run in this block yet.
+        """
+        if self._latest is None:
+            raise FlowmmError("nothing has been compressed yet: call model.generate(...) inside the block first")
+        return self._latest
+
+    @property
+    def report(self) -> RunReport:
+        """What was compressed, merged and dropped in the latest prefill; may be read after the block, too.
+
+        Raises:
+            FlowmmError: nothing has run in this block yet.
+        """
+        record = self.cache.record
+        if record is None or len(record.layers) < len(self.settings.modes):
+            raise FlowmmError("the latest prefill did not reach the last layer, so there is nothing to report")
+        return build_report(record)
+
+    def _flow_of(self, kwargs: dict[str, Any]) -> FlowCache:
+        """The cache a forward call will fill; made here for a call without one."""
+        cache = kwargs.get("past_key_values")
+        if cache is None and kwargs.get("use_cache") is not False:
+            cache = kwargs["past_key_values"] = self.new_cache()
+        if not isinstance(cache, FlowCache):
+            found = "use_cache=False" if cache is None else f"a {type(cache).__name__}"
+            raise InputError(
+                f"this call inside compress(...) brings {found}, so nothing would be compressed; leave "
+                "past_key_values out or pass run.new_cache()"
+            )
+        ids = kwargs.get("input_ids")
+        if ids is None:
+            raise InputError("compress(...) finds visual tokens by their ids: pass input_ids, not inputs_embeds alone")
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+            valid = mask[:, -ids.shape[1] :].bool()
+        elif mask is None:
+            valid = torch.ones_like(ids, dtype=torch.bool)
+        else:
+            raise InputError("compress(...) needs the 2-D padding mask [batch, tokens] (or none), not a prepared one")
+        cache.begin_forward(visual_mask(self._config, ids), valid.to(ids.device))
+        self._latest = cache
+        return cache
+
+
+def _refuse_unsupported_generation(generation_config: Any, mode: Any) -> None:
+    """Modes in which the prompt does not arrive in one piece, or another cache class was asked for."""
+    refused = {
+        "cache_implementation": generation_config.cache_implementation not in (None, "dynamic"),
+        "prefill_chunk_size": generation_config.prefill_chunk_size is not None,
+        "assisted decoding (assistant_model, prompt_lookup_num_tokens)": "assisted" in str(mode).lower(),
+        "use_cache=False": generation_config.use_cache is False,
+    }
+    for option, asked in refused.items():
+        if asked:
+            raise InputError(f"generate(...) inside compress(...) does not support {option} yet; leave it out")
+
+
+@contextmanager
+def _default_cache(model: Any, run: Run) -> Iterator[None]:
+    """Make ``generate`` start on a flowmm cache where the caller passes none."""
+    had_own = PREPARE_CACHE in vars(model)
+    original = getattr(model, PREPARE_CACHE)
+
+    def prepare(generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any) -> Any:
+        _refuse_unsupported_generation(generation_config, generation_mode)
+        if model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = run.new_cache()
+        return original(generation_config, model_kwargs, generation_mode, *args)
+
+    setattr(model, PREPARE_CACHE, prepare)
+    try:
+        yield
+    finally:
+        if had_own:
+            setattr(model, PREPARE_CACHE, original)
+        else:
+            delattr(model, PREPARE_CACHE)
+
+
+def _settings(plan: Plan, method: MethodParameters, budget: Budget, check: CheckAction | None) -> CompressionSettings:
+    return CompressionSettings(
+        method=method,
+        modes=tuple(layer.mode for layer in plan.layers),
+        shares=tuple(layer.budget for layer in plan.layers),
+        budget=budget,
+        check=None if check is None else OnlineCheck(check, tuple(map(_planned_rho, plan.layers))),
+    )
+
+
+def _planned_rho(layer: LayerPlan) -> PlannedRho | None:
+    return None if layer.rho is None else PlannedRho(layer.rho.mean, layer.rho.std)
+
+
+def _chosen_method(plan: Plan, method: MethodParameters | str | None) -> MethodParameters:
+    if method is None:
+        return plan.method
+    if isinstance(method, MethodParameters):
+        return method
+    try:
+        return MethodParameters.from_preset(method, theta=plan.method.theta, budget=plan.method.budget)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _refuse_unsupported_model(model: Any) -> None:
+    kinds = set(getattr(text_config(model.config), "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise UnsupportedModelError(
+            f"the text layers are {', '.join(sorted(kinds))}; flowmm needs full_attention in every layer"
+        )
+
+
+@contextmanager
+def compress(
+    model: Any,
+    plan: Plan | str | os.PathLike[str],
+    *,
+    budget: Budget | None = None,
+    method: MethodParameters | str | None = None,
+    check: CheckAction | None = None,
+) -> Iterator[Run]:
+    """Compress the KV cache of every prompt that `model` reads inside the block.
+
+    The prompt's own attention stays exact; each layer's cache is merged right after it (eq. 5-10), so peak memory is
+    one full layer plus the compressed others. On exit, also after an exception, the model is as it was.
+
+    Args:
+        model: a transformers vision-language model with sdpa or eager attention in its text layers.
+        plan: a plan, its file, or the name of a shipped one.
+        budget: ratio of the prompt's entries kept (float in (0, 1]) or entries per layer (int); default: the plan's.
+        method: a preset's name or full parameters instead of the plan's.
+        check: compare each prompt's rho with the plan: ``"warn"``, ``"error"`` or ``"adapt"``.
+
+    Yields:
+        the :class:`Run`: ``run.report`` after generation, ``run.new_cache()`` for explicit ``past_key_values=``.
+
+    Raises:
+        BudgetError: a budget that no layer can meet.
+        PlanMismatchError: the plan was made for another architecture.
+        UnsupportedModelError: the attention implementation or layer types are not supported.
+        DriftError: from the prompt's forward call, with ``check="error"``.
+    """
+    if not isinstance(plan, Plan):
+        plan = Plan.load(resolve_plan(os.fspath(plan)))
+    if check not in (None, "warn", "error", "adapt"):
+        raise InputError(f"check={check!r}: expected 'warn', 'error', 'adapt' or None")
+    chosen = _chosen_method(plan, method)
+    asked = validate_budget(plan.method.budget if budget is None else budget)
+    _refuse_unsupported_model(model)
+    differences = plan.check_model(fingerprint_model(model))
+    if differences:
+        warnings.warn(
+            f"plan and model differ: {'; '.join(map(str, differences))}. The plan still fits; profile again to be sure",
+            PlanFitWarning,
+            stacklevel=3,
+        )
+    run = Run(model, plan, _settings(plan, chosen, asked, check))
+    with attached(model, run._flow_of), _default_cache(model, run):
+        yield run

@@ -1,0 +1,190 @@
+"""Gated matching: each evicted entry finds its most similar pivot that may absorb it (eq. 9-10)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowmm.plans.method import TAU_RULES, MethodParameters, parse_rule
+from flowmm.runtime.pivots import Pivots
+
+NORM_FLOOR = 1e-6
+NO_TARGET = -1
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Where every evicted entry goes; decided once, applied to keys, values and masses alike.
+
+    Attributes:
+        pivots: the kept entries.
+        evicted: ``[B, Hkv, E]`` long, positions of the others.
+        used: ``[B, Hkv, E]`` bool, False on filler slots.
+        target: ``[B, Hkv, E]`` long, slot of the absorbing pivot in ``[0, N)``, or -1: dropped.
+        similarity: ``[B, Hkv, E]`` fp32 cosine to the target, 0 where dropped.
+        protected: ``[B, Hkv, N]`` bool, pivots that may not absorb (forced, or importance above tau).
+    """
+
+    pivots: Pivots
+    evicted: Tensor
+    used: Tensor
+    target: Tensor
+    similarity: Tensor
+    protected: Tensor
+
+    @property
+    def merged(self) -> Tensor:
+        """``[B, Hkv, E]`` bool."""
+        return self.target != NO_TARGET
+
+
+def tau_threshold(rule: str, importance: Tensor, free: Tensor, lengths: Tensor, n_proxies: Tensor) -> Tensor:
+    """Sensitivity threshold per row and KV head; a pivot absorbs only if its importance is at most tau (eq. 10).
+
+    Args:
+        rule: ``abs:x | mean_mult:c | pivot_quantile:q | mass:mu | none``.
+        importance: ``[B, Hkv, N]`` of the pivots.
+        free: ``[B, Hkv, N]`` bool, pivots that are neither forced nor empty.
+        lengths: ``[B]`` prompt lengths.
+        n_proxies: ``[B]`` proxies of each row; ``n_proxies / length`` is the exact mean importance.
+
+    Returns:
+        ``[B, Hkv, 1]`` fp32.
+    """
+    name, number = parse_rule(rule, TAU_RULES)
+    shape = (*importance.shape[:2], 1)
+    if number is None:
+        return importance.new_full(shape, float("inf"))
+    match name:
+        case "abs":
+            return importance.new_full(shape, number)
+        case "mean_mult":
+            return (number * n_proxies / lengths).to(importance)[:, None, None].expand(shape)
+        case "pivot_quantile":
+            return _masked_quantile(importance, free, number)
+        case _:
+            return _mass_threshold(importance, free, number)
+
+
+def _masked_quantile(values: Tensor, mask: Tensor, q: float) -> Tensor:
+    """Linear-interpolated quantile over the masked entries of the last dimension (numpy's default definition)."""
+    ordered = values.masked_fill(~mask, float("inf")).sort(dim=-1).values
+    rank = q * (mask.sum(-1, keepdim=True) - 1).clamp(min=0)
+    low = rank.floor().long()
+    high = rank.ceil().long()
+    below, above = ordered.gather(-1, low), ordered.gather(-1, high)
+    # An all-forced head has no finite value: inf - inf must not become nan.
+    return torch.where(low == high, below, below + (above - below) * (rank - low))
+
+
+def _mass_threshold(values: Tensor, mask: Tensor, share: float) -> Tensor:
+    """Largest importance outside the smallest top set that holds `share` of the free pivots' importance."""
+    ordered = values.masked_fill(~mask, float("-inf")).sort(dim=-1, descending=True).values
+    mass = ordered.clamp(min=0).cumsum(-1)
+    protected = (mass < share * mass[..., -1:] - 1e-12).sum(-1, keepdim=True) + 1
+    padded = torch.cat([ordered, ordered.new_full((*ordered.shape[:2], 1), float("-inf"))], dim=-1)
+    return padded.gather(-1, protected.clamp(max=ordered.shape[-1]))
+
+
+def unit_rows(vectors: Tensor) -> Tensor:
+    """Rows scaled to length 1 in fp32, norms clamped at 1e-6."""
+    vectors = vectors.float()
+    return vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=NORM_FLOOR)
+
+
+def nearest_pivot(
+    evicted_keys: Tensor, pivot_keys: Tensor, admissible: Tensor, evicted_class: Tensor, allowed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Most similar admissible pivot of every evicted entry, in blocks: no evicted x kept matrix is ever made.
+
+    Args:
+        evicted_keys: ``[B, Hkv, E, D]`` unit rows.
+        pivot_keys: ``[B, Hkv, N, D]`` unit rows.
+        admissible: ``[B, Hkv, 2, N]`` bool: which pivots an entry of class 0 (text) or 1 (visual) may join.
+        evicted_class: ``[B, Hkv, E]`` long, 0 or 1.
+        allowed: ``[B, Hkv, E]`` bool, entries to match at all.
+
+    Returns:
+        target ``[B, Hkv, E]`` long (-1: none) and similarity ``[B, Hkv, E]`` fp32 (-inf: none). The smaller slot wins
+        ties.
+    """
+    dim, slots = pivot_keys.shape[-2:][::-1]
+    block = max(16, dim * (evicted_keys.shape[2] + slots) // max(slots, 1))
+    penalty = torch.zeros_like(admissible, dtype=torch.float32).masked_fill_(~admissible, float("-inf"))
+    targets, similarities = [], []
+    for keys, classes in zip(evicted_keys.split(block, 2), evicted_class.split(block, 2), strict=True):
+        cosine = keys @ pivot_keys.transpose(-1, -2)
+        cosine += penalty.gather(2, classes[..., None].expand(*classes.shape, slots))
+        best = cosine.max(dim=-1)
+        targets.append(best.indices)
+        similarities.append(best.values)
+    similarity = torch.cat(similarities, 2).masked_fill(~allowed, float("-inf"))
+    target = torch.cat(targets, 2)
+    return torch.where(similarity == float("-inf"), NO_TARGET, target), similarity
+
+
+def assign(
+    key: Tensor,
+    visual: Tensor,
+    importance: Tensor,
+    pivots: Pivots,
+    evicted: tuple[Tensor, Tensor],
+    forced: Tensor,
+    cross: Tensor,
+    tau: Tensor,
+    method: MethodParameters,
+) -> Assignment:
+    """Gated matching of one layer (eq. 9-10).
+
+    Args:
+        key: ``[B, Hkv, L, D]``.
+        visual: ``[B, L]`` bool.
+        importance: ``[B, Hkv, L]`` fp32.
+        pivots: entries that stay.
+        evicted: index ``[B, Hkv, E]`` and used ``[B, Hkv, E]``, see :func:`flowmm.runtime.pivots.complement`.
+        forced: ``[B, L]`` bool; a forced entry never absorbs.
+        cross: ``[B]`` bool, cross-modal merging in this layer.
+        tau: ``[B, Hkv, 1]`` sensitivity threshold; ignored when ``method.gate`` is off.
+        method: gate action, fallback, cross scope and similarity floor.
+    """
+    index, used = evicted
+    heads, dim = key.shape[1], key.shape[-1]
+    visual = visual[:, None].expand(-1, heads, -1)
+    can_absorb = pivots.filled & ~forced[:, None].expand_as(visual).gather(2, pivots.index)
+    sensitive = (importance.gather(2, pivots.index) > tau) if method.gate else torch.zeros_like(can_absorb)
+    pivot_visual, evicted_class = visual.gather(2, pivots.index), visual.gather(2, index).long()
+    by_class = _modality_rule(pivot_visual, cross, method)
+    unit_pivots = unit_rows(key.gather(2, pivots.index[..., None].expand(-1, -1, -1, dim)))
+    unit_evicted = unit_rows(key.gather(2, index[..., None].expand(-1, -1, -1, dim)))
+
+    def nearest(absorbers: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+        return nearest_pivot(unit_evicted, unit_pivots, absorbers[:, :, None] & classes, evicted_class, used)
+
+    open_pivots = can_absorb & ~sensitive
+    if method.gate and method.gate_action == "drop":
+        target, similarity = nearest(can_absorb, by_class)
+        blocked = sensitive.gather(2, target.clamp(min=0))
+        target = target.masked_fill(blocked, NO_TARGET)
+    else:
+        target, similarity = nearest(open_pivots, by_class)
+        if method.fallback != "drop":
+            relaxed = (
+                (can_absorb, by_class) if method.fallback == "relax_tau" else (open_pivots, torch.ones_like(by_class))
+            )
+            second, second_similarity = nearest(*relaxed)
+            missing = target == NO_TARGET
+            target = torch.where(missing, second, target)
+            similarity = torch.where(missing, second_similarity, similarity)
+    target = target.masked_fill(similarity < method.min_sim, NO_TARGET)
+    return Assignment(
+        pivots, index, used, target, similarity.masked_fill(target == NO_TARGET, 0.0), pivots.filled & ~open_pivots
+    )
+
+
+def _modality_rule(pivot_visual: Tensor, cross: Tensor, method: MethodParameters) -> Tensor:
+    """``[B, Hkv, 2, N]`` bool: may a text (0) or visual (1) entry join this pivot, by the layer's mode."""
+    same = torch.stack([~pivot_visual, pivot_visual], dim=2)
+    when_cross = torch.ones_like(same) if method.cross_scope == "any" else ~same
+    return torch.where(cross[:, None, None, None], when_cross, same)

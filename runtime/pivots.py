@@ -1,0 +1,63 @@
+"""Pivot selection: which entries of a layer stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pivots:
+    """Entries that stay, per KV head, in ascending position.
+
+    Attributes:
+        index: ``[B, Hkv, N]`` long; empty slots point at column 0.
+        filled: ``[B, 1, N]`` bool; a row with a smaller budget fills fewer slots.
+    """
+
+    index: Tensor
+    filled: Tensor
+
+    def mask(self, length: int) -> Tensor:
+        """``[B, Hkv, L]`` bool, True on kept positions."""
+        filled = self.filled.expand_as(self.index)
+        mask = torch.zeros(*self.index.shape[:2], length, dtype=torch.bool, device=self.index.device)
+        return mask.scatter_reduce(2, self.index, filled, reduce="amax", include_self=True)
+
+
+def select_pivots(importance: Tensor, forced: Tensor, valid: Tensor, counts: Tensor, slots: int) -> Pivots:
+    """Top entries by importance, forced ones first; ties go to the smaller position.
+
+    Args:
+        importance: ``[B, Hkv, L]`` fp32.
+        forced: ``[B, L]`` bool, kept whatever their importance; at most ``counts[b]`` of them in row b.
+        valid: ``[B, L]`` bool.
+        counts: ``[B]`` long, entries kept in each row, at most the row's true length.
+        slots: ``max(counts)``, on the host.
+    """
+    length = importance.shape[-1]
+    score = importance.masked_fill(forced[:, None], float("inf")).masked_fill(~valid[:, None], float("-inf"))
+    order = score.sort(dim=-1, descending=True, stable=True).indices[..., :slots]
+    filled = torch.arange(slots, device=order.device) < counts[:, None, None]
+    index = torch.where(filled, order, length).sort(dim=-1).values
+    return Pivots(torch.where(filled, index, 0), filled)
+
+
+def complement(pivots: Pivots, valid: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """Entries that leave, ascending.
+
+    Args:
+        valid: ``[B, L]`` bool.
+        slots: the largest number of leaving entries of any row, on the host.
+
+    Returns:
+        index ``[B, Hkv, E]`` long (unused slots point at column 0) and used ``[B, Hkv, E]`` bool.
+    """
+    length = valid.shape[-1]
+    leaving = valid[:, None] & ~pivots.mask(length)
+    columns = torch.arange(length, device=valid.device)
+    index = torch.where(leaving, columns, length).sort(dim=-1).values[..., :slots]
+    used = index < length
+    return torch.where(used, index, 0), used
