@@ -1,0 +1,84 @@
+"""One layer of a plan: what was measured, and what its cache shall become."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from flowmm.errors import BudgetError
+from flowmm.plans.fields import Count, Index, NonNegative, Ratio, Record, Share, rounded
+
+Mode = Literal["cross", "intra", "online"]
+
+
+class RhoStatistics(Record):
+    """Cross-modal share of a layer's attention (eq. 6-7) over calibration prompts.
+
+    `mean` and the quantiles are shares in [0, 1]; `std` is 0 for n = 1. `lift` is rho over rho of uniform causal
+    attention. `margin` is |mean - theta| / std, null for std 0. `agree` is the share of prompts whose own mode is the
+    layer's.
+    """
+
+    mean: Share
+    std: NonNegative
+    q05: Share
+    q50: Share
+    q95: Share
+    n: Count
+    lift_mean: NonNegative | None
+    lift_std: NonNegative | None
+    margin: NonNegative | None
+    agree: Share | None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.q05 <= self.q50 <= self.q95:
+            raise ValueError("quantiles must not decrease from q05 to q95")
+        return self
+
+
+class LayerPlan(Record):
+    """Mode and budget of one decoder layer.
+
+    `budget` is the ratio of the prompt's entries kept when a run asks for the plan's own total. `forced` marks a mode
+    that a person chose against, or without, a measured rho.
+    """
+
+    index: Index
+    mode: Mode
+    forced: bool = False
+    budget: Ratio
+    rho: RhoStatistics | None
+
+
+def decide_mode(rho_mean: float, theta: float) -> Literal["cross", "intra"]:
+    """Cross-modal above theta, strictly (eq. 7), at the precision a plan stores."""
+    return "cross" if rounded(rho_mean) > rounded(theta) else "intra"
+
+
+def scale_budgets(shares: Sequence[float], ratio: float) -> tuple[float, ...]:
+    """Ratios in (0, 1] with mean `ratio`, proportional to `shares` except where a layer is full.
+
+    A layer that would pass 1 keeps everything and the others share what is left. Equal shares give exactly `ratio`.
+
+    Raises:
+        BudgetError: `ratio` is not in (0, 1].
+    """
+    if not 0 < ratio <= 1:
+        raise BudgetError(f"budget {ratio}: expected a ratio in (0, 1]")
+    n = len(shares)
+    if min(shares) == max(shares) or ratio == 1:
+        return (float(ratio),) * n
+    # Largest first: once one layer stays below 1, all smaller ones do, with the same factor.
+    order = sorted(range(n), key=lambda layer: -shares[layer])
+    ratios = [1.0] * n
+    for full, layer in enumerate(order):
+        factor = (ratio * n - full) / math.fsum(shares[other] for other in order[full:])
+        if factor * shares[layer] <= 1:
+            for other in order[full:]:
+                ratios[other] = factor * shares[other]
+            break
+    return tuple(ratios)

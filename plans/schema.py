@@ -1,0 +1,177 @@
+"""The plan: one immutable object, one canonical text (``plans/FORMAT.md``)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from flowmm.errors import PlanMismatchError
+from flowmm.plans.canonical import canonical_text
+from flowmm.plans.fields import MAX_LAYERS, Name, Note, Record, Timestamp, rounded
+from flowmm.plans.files import read_text, write_atomic
+from flowmm.plans.fingerprint import CalibrationFingerprint, Environment, Mismatch, ModelFingerprint
+from flowmm.plans.layers import LayerPlan, decide_mode, scale_budgets
+from flowmm.plans.method import MethodParameters
+from flowmm.plans.migrations import SCHEMA, upgraded
+from flowmm.plans.reading import dotted, format_error, parse
+
+FLOWS_WITHOUT_MODES = ("off:any", "off:intra")
+# Stored budgets are rounded, so their mean is only this close to the total.
+BUDGET_TOLERANCE = 1e-4
+
+
+class Plan(Record):
+    """What was measured on a model, and what each layer's KV cache shall become.
+
+    Floats are rounded to the stored 6 digits on construction, so a plan equals the one its text reads back to.
+    """
+
+    schema_: Literal["flowmm.plan/1"] = Field(SCHEMA, alias="schema")
+    flowmm_version: Name
+    created_at: Timestamp
+    model: ModelFingerprint
+    calibration: CalibrationFingerprint | None
+    method: MethodParameters
+    layers: Annotated[tuple[LayerPlan, ...], Field(max_length=MAX_LAYERS)]
+    environment: Environment | None
+    note: Note = ""
+
+    @field_validator("method")
+    @classmethod
+    def _as_stored(cls, method: MethodParameters) -> MethodParameters:
+        values = method.model_dump()
+        for name, value in values.items():
+            if isinstance(value, str) and not value.isprintable():
+                raise PydanticCustomError("control", "control characters are not allowed", {"path": ("method", name)})
+        return method.model_validate({k: rounded(v) if isinstance(v, float) else v for k, v in values.items()})
+
+    @model_validator(mode="after")
+    def _layers_fit(self) -> Self:
+        if len(self.layers) != self.model.num_layers:
+            raise _misfit(("layers",), f"{len(self.layers)} layers, but model.num_layers is {self.model.num_layers}")
+        for position, layer in enumerate(self.layers):
+            if layer.index != position:
+                raise _misfit(("layers", position, "index"), f"found {layer.index}, expected {position}")
+            self._mode_fits(layer)
+        mean = math.fsum(layer.budget for layer in self.layers) / len(self.layers)
+        if abs(mean - self.method.budget) > BUDGET_TOLERANCE * self.method.budget:
+            raise _misfit(
+                ("method", "budget"),
+                f"found {self.method.budget:.6g}, but the layers' budgets have the mean {mean:.6g}. Make them agree",
+            )
+        return self
+
+    def _mode_fits(self, layer: LayerPlan) -> None:
+        if layer.forced or layer.mode == "online":
+            return
+        path, theta = ("layers", layer.index, "mode"), self.method.theta
+        if layer.rho is None:
+            if self.method.flow not in FLOWS_WITHOUT_MODES:
+                raise _misfit(path, f"{layer.mode!r}, but rho is null. Use 'online', or add \"forced\": true")
+        elif layer.mode != decide_mode(layer.rho.mean, theta):
+            relation = ">" if layer.rho.mean > theta else "<="
+            raise _misfit(
+                path,
+                f"{layer.mode!r} contradicts rho.mean {layer.rho.mean:.6g} {relation} theta {theta:.6g}. "
+                f'Use {decide_mode(layer.rho.mean, theta)!r}, or add "forced": true',
+            )
+
+    @property
+    def measured(self) -> bool:
+        """Whether any layer has a rho."""
+        return any(layer.rho is not None for layer in self.layers)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the canonical text: 64 hex digits, what ``sha256sum`` says of a saved plan."""
+        return hashlib.sha256(self.dumps().encode("utf-8")).hexdigest()
+
+    @property
+    def short_id(self) -> str:
+        """First 12 digits of :attr:`sha256`, shown in reports."""
+        return self.sha256[:12]
+
+    def layer_budgets(self, ratio: float) -> tuple[float, ...]:
+        """Ratio of entries kept per layer, [num_layers], with mean `ratio`; see :func:`scale_budgets`.
+
+        Raises:
+            BudgetError: `ratio` is not in (0, 1].
+        """
+        return scale_budgets([layer.budget for layer in self.layers], ratio)
+
+    def check_model(self, model: ModelFingerprint) -> list[Mismatch]:
+        """Soft differences between the planned model and `model`, to warn about.
+
+        Raises:
+            PlanMismatchError: `model` is another architecture or has other layer or head counts.
+        """
+        mismatches = self.model.mismatches(model)
+        hard = [str(mismatch) for mismatch in mismatches if mismatch.severity == "hard"]
+        if hard:
+            raise PlanMismatchError(
+                f"the plan was made for {self.model.source}, not for {model.source}: {'; '.join(hard)}. "
+                "Use a plan of this model, or make one with 'flowmm profile'"
+            )
+        return mismatches
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan as JSON values in canonical order; optional fields at their default are absent."""
+        values = self.model_dump(mode="json", by_alias=True)
+        for layer in values["layers"]:
+            if not layer["forced"]:
+                del layer["forced"]
+        if not self.note:
+            del values["note"]
+        return values
+
+    def dumps(self) -> str:
+        """The canonical text."""
+        return canonical_text(self.as_json())
+
+    @classmethod
+    def loads(cls, text: str, origin: str = "plan") -> Self:
+        """The plan in `text`; `origin` names it in messages.
+
+        Raises:
+            PlanFormatError: not a plan of ``plans/FORMAT.md``; says which field, on which line, and why.
+            PlanVersionError: a schema this flowmm cannot read.
+        """
+        values = parse(text, origin)
+        current = upgraded(values, origin)
+        try:
+            # Strict JSON validation: tuples come from lists, but nothing comes from a value of another type.
+            return cls.model_validate_json(json.dumps(current), strict=True)
+        except ValidationError as error:
+            raise format_error(error, text, origin) from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """The plan in the file `path`.
+
+        Raises:
+            InputError: the file is missing or cannot be read.
+            PlanFormatError, PlanVersionError: as :meth:`loads`.
+        """
+        return cls.loads(read_text(Path(path)), os.fspath(path))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the canonical text atomically: `path` holds the old plan or the whole new one.
+
+        Raises:
+            InputError: the directory is missing or cannot be written.
+        """
+        write_atomic(Path(path), self.dumps())
+
+
+def _misfit(path: tuple[str | int, ...], problem: str) -> PydanticCustomError:
+    # Checks across fields carry their own path: pydantic would report them at the top of the plan.
+    return PydanticCustomError(
+        "plan_misfit", "{place}: {problem}", {"place": dotted(path), "problem": problem, "path": path}
+    )
