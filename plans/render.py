@@ -1,0 +1,116 @@
+"""A plan for people: in a colour terminal, as plain text, as JSON."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+from flowmm.plans.fingerprint import CalibrationFingerprint
+from flowmm.plans.layers import LayerPlan, Mode
+from flowmm.plans.schema import Plan
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+BAR_WIDTH = 24
+EIGHTHS = "▏▎▍▌▋▊▉"
+NOTE_WIDTH = 88
+MODE_STYLES: dict[Mode, str] = {"cross": "magenta", "intra": "cyan", "online": "yellow"}
+COLUMNS = ("layer", "rho, 0 to 1 (│ theta)", "mean ± std", "lift", "margin", "agree", "mode", "budget")
+
+
+def inspection(plan: Plan) -> dict[str, Any]:
+    """JSON values: the plan as stored, its hash, and a count per mode."""
+    modes = [layer.mode for layer in plan.layers]
+    return {
+        "sha256": plan.sha256,
+        "measured": plan.measured,
+        "modes": {mode: modes.count(mode) for mode in MODE_STYLES},
+        "plan": plan.as_json(),
+    }
+
+
+def plain(plan: Plan) -> str:
+    """Aligned text without colour or control characters."""
+    rows = [COLUMNS, *(row(layer, plan.method.theta) for layer in plan.layers)]
+    widths = [max(len(cells[column]) for cells in rows) for column in range(len(COLUMNS))]
+    body = ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in rows]
+    head = [f"{name:12}{value}".rstrip() for name, value in header(plan)]
+    return "\n".join([*head, "", *body]) + "\n"
+
+
+def rich_view(plan: Plan) -> RenderableType:
+    """The same for a terminal that has colours, to be printed by a rich console."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    head = Table.grid(padding=(0, 2))
+    for name, value in header(plan):
+        # Text, never markup: a plan's strings are foreign.
+        head.add_row(Text(name, style="bold"), Text(value))
+    table = Table(*COLUMNS, box=None, pad_edge=False, header_style="dim")
+    for layer in plan.layers:
+        style = MODE_STYLES[layer.mode]
+        cells = row(layer, plan.method.theta)
+        styles = ("", style, "", "", "", "", style, "")
+        table.add_row(
+            *(Text(cell, style=cell_style, no_wrap=True) for cell, cell_style in zip(cells, styles, strict=True))
+        )
+    return Group(head, Text(), table)
+
+
+def header(plan: Plan) -> list[tuple[str, str]]:
+    """Name and value of the lines above the layers."""
+    model, method = plan.model, plan.method
+    lines = [
+        ("plan", f"{plan.short_id}, {plan.schema_}, made {plan.created_at} by flowmm {plan.flowmm_version}"),
+        ("model", f"{model.source} ({model.architecture}, {model.dtype}, {model.attn_implementation})"),
+        ("", f"{model.num_layers} layers, {model.num_attention_heads} heads, {model.num_kv_heads} KV heads"),
+        ("calibration", _calibration(plan.calibration)),
+        ("method", f"{method.preset}: theta {method.theta:g}, budget {method.budget:g}, flow {method.flow}"),
+        ("", f"tau {method.tau}, merge {method.merge}, proxies {method.proxies}"),
+    ]
+    if plan.environment is not None:
+        made = plan.environment
+        lines.append(("made with", f"torch {made.torch}, transformers {made.transformers}, {made.device}"))
+    note = [part for line in plan.note.splitlines() for part in textwrap.wrap(line, NOTE_WIDTH) or [""]]
+    return lines + [("" if number else "note", part) for number, part in enumerate(note)]
+
+
+def _calibration(calibration: CalibrationFingerprint | None) -> str:
+    if calibration is None:
+        return "none: nothing was measured"
+    tokens = calibration.tokens
+    return (
+        f"{calibration.n_samples} prompts of {calibration.source}, seed {calibration.seed}: "
+        f"{tokens.total_min}-{tokens.total_max} tokens (mean {tokens.total_mean:g}), "
+        f"{tokens.visual_share_mean:.0%} visual, {tokens.images_mean:g} images"
+    )
+
+
+def row(layer: LayerPlan, theta: float) -> tuple[str, ...]:
+    """Cells of one layer, one per column of :data:`COLUMNS`; ``-`` for what is not known."""
+    mode = f"{layer.mode} (forced)" if layer.forced else layer.mode
+    rho = layer.rho
+    if rho is None:
+        return (str(layer.index), bar(None, theta), "-", "-", "-", "-", mode, f"{layer.budget:.3f}")
+    return (
+        str(layer.index),
+        bar(rho.mean, theta),
+        f"{rho.mean:.3f} ± {rho.std:.3f}",
+        "-" if rho.lift_mean is None else f"{rho.lift_mean:.2f}",
+        "-" if rho.margin is None else f"{rho.margin:.1f}",
+        "-" if rho.agree is None else f"{rho.agree:.0%}",
+        mode,
+        f"{layer.budget:.3f}",
+    )
+
+
+def bar(share: float | None, theta: float) -> str:
+    """`share` of 0 to 1 in :data:`BAR_WIDTH` cells, by eighths, with a mark at the cell border next to theta."""
+    eighths = 0 if share is None else round(share * BAR_WIDTH * 8)
+    cells = "█" * (eighths // 8) + (EIGHTHS[eighths % 8 - 1] if eighths % 8 else "")
+    cells = cells.ljust(BAR_WIDTH, "·")
+    border = round(theta * BAR_WIDTH)
+    return f"{cells[:border]}│{cells[border:]}"
