@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from flowmm.errors import PlanFormatError
 
 MAX_DEPTH = 32
+MAX_VALUES = 200_000
 MAX_REPORTED = 5
 _SPACE = " \t\r\n"
 
@@ -39,17 +40,16 @@ def parse(text: str, origin: str) -> dict[str, Any]:
         raise PlanFormatError(f"{origin}: {error}") from error
     if not isinstance(value, dict):
         raise PlanFormatError(f"{origin}: expected a JSON object, found {_shown(value)}")
-    if _deeper_than(value, MAX_DEPTH):
-        raise PlanFormatError(f"{origin}: nested deeper than {MAX_DEPTH} levels, so it is not a plan")
+    _check_extent(value, origin)
     return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {repeated!r} stands twice in one object. Remove one of the two")
+    members: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in members:
+            raise ValueError(f"the key {_shown(key)} stands twice in one object. Remove one of the two")
+        members[key] = value
     return members
 
 
@@ -60,11 +60,17 @@ def _finite(literal: str) -> float:
     return value
 
 
-def _deeper_than(value: Any, levels: int) -> bool:
-    if not isinstance(value, dict | list):
-        return False
-    members = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(_deeper_than(member, levels - 1) for member in members)
+def _check_extent(value: Any, origin: str) -> None:
+    """Refuse what would make validation slow long before a plan's size limit is reached."""
+    level, depth, count = [value], 0, 0
+    while level:
+        members = [list(item.values()) if isinstance(item, dict) else item for item in level]
+        level = [inner for item in members for inner in item if isinstance(inner, dict | list)]
+        depth, count = depth + 1, count + sum(map(len, members))
+        if depth > MAX_DEPTH:
+            raise PlanFormatError(f"{origin}: nested deeper than {MAX_DEPTH} levels, so it is not a plan")
+        if count > MAX_VALUES:
+            raise PlanFormatError(f"{origin}: more than {MAX_VALUES} values, so it is not a plan")
 
 
 def format_error(error: ValidationError, text: str, origin: str) -> PlanFormatError:

@@ -12,9 +12,9 @@ from flowmm.plans.schema import Plan
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-BAR_WIDTH = 24
+BAR_WIDTH = 20
 EIGHTHS = "▏▎▍▌▋▊▉"
-NOTE_WIDTH = 88
+HEADER_WIDTH = 108
 MODE_STYLES: dict[Mode, str] = {"cross": "magenta", "intra": "cyan", "online": "yellow"}
 COLUMNS = ("layer", "rho, 0 to 1 (│ theta)", "mean ± std", "lift", "margin", "agree", "mode", "budget")
 
@@ -35,7 +35,11 @@ def plain(plan: Plan) -> str:
     rows = [COLUMNS, *(row(layer, plan.method.theta) for layer in plan.layers)]
     widths = [max(len(cells[column]) for cells in rows) for column in range(len(COLUMNS))]
     body = ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in rows]
-    head = [f"{name:12}{value}".rstrip() for name, value in header(plan)]
+    head = [
+        f"{'' if number else name:12}{part}".rstrip()
+        for name, value in header(plan)
+        for number, part in enumerate(textwrap.wrap(value, HEADER_WIDTH) or [""])
+    ]
     return "\n".join([*head, "", *body]) + "\n"
 
 
@@ -74,8 +78,7 @@ def header(plan: Plan) -> list[tuple[str, str]]:
     if plan.environment is not None:
         made = plan.environment
         lines.append(("made with", f"torch {made.torch}, transformers {made.transformers}, {made.device}"))
-    note = [part for line in plan.note.splitlines() for part in textwrap.wrap(line, NOTE_WIDTH) or [""]]
-    return lines + [("" if number else "note", part) for number, part in enumerate(note)]
+    return lines + [("" if number else "note", line) for number, line in enumerate(plan.note.splitlines())]
 
 
 def _calibration(calibration: CalibrationFingerprint | None) -> str:

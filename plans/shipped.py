@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path, PurePath
 
 from flowmm.errors import InputError
@@ -34,7 +35,7 @@ def shipped_names() -> list[str]:
     return sorted(path.stem for path in SHIPPED_DIRECTORY.glob("*.json") if not path.name.endswith(".schema.json"))
 
 
-def resolve_plan(name: str) -> Path:
+def resolve_plan(name: str | os.PathLike[str]) -> Path:
     """The file a plan's name means: an existing file, else a shipped ``STEM``, ``STEM.json`` or ``plans/STEM.json``.
 
     Raises:

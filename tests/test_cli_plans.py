@@ -50,7 +50,7 @@ def test_inspect_table(capsys: pytest.CaptureFixture[str]) -> None:
     row = next(line for line in output.out.splitlines() if line.startswith("4 "))
     assert row.split() == [
         "4",
-        "██████│███▉··············",
+        "█████│███▎···········",
         "0.412",
         "±",
         "0.032",
@@ -69,7 +69,7 @@ def test_inspect_in_a_terminal_shows_the_same_cells(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "120")
     assert run("inspect", SAMPLE) == 0
-    assert "██████│███▉··············" in capsys.readouterr().out
+    assert "█████│███▎···········" in capsys.readouterr().out
 
 
 def test_inspect_json(capsys: pytest.CaptureFixture[str]) -> None:
