@@ -33,7 +33,7 @@ USAGE, FAILURE, INTERRUPTED, BROKEN_PIPE = 2, 4, 130, 141
 
 
 @dataclass
-class Session:
+class GlobalOptions:
     """What the group's own options say, for :func:`main`."""
 
     debug: bool = False
@@ -59,18 +59,18 @@ class Commands(click.Group):
 @click.pass_context
 def cli(context: click.Context, debug: bool) -> None:
     """Profile how much attention crosses modalities, freeze it in a plan, generate on a merged KV cache."""
-    context.ensure_object(Session).debug = debug
+    context.ensure_object(GlobalOptions).debug = debug
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code (table in ``flowmm --help``)."""
-    session = Session()
+    options = GlobalOptions()
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a bar or an arrow gets a question mark, not a failed run.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        code = cli.main(args=arguments, prog_name="flowmm", standalone_mode=False, obj=session)
+        code = cli.main(args=arguments, prog_name="flowmm", standalone_mode=False, obj=options)
         return code if isinstance(code, int) else 0
     except click.Abort:
         return INTERRUPTED
@@ -78,14 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error.show()
         return USAGE
     except FlowmmError as error:
-        return _report(session, error, str(error), error.exit_code)
+        return _report(options, error, str(error), error.exit_code)
     except Exception as error:
         message = f"unexpected {type(error).__name__}: {error}\nRun it again with 'flowmm --debug ...' to see where"
-        return _report(session, error, message, FAILURE)
+        return _report(options, error, message, FAILURE)
 
 
-def _report(session: Session, error: Exception, message: str, exit_code: int) -> int:
-    if session.debug:
+def _report(options: GlobalOptions, error: Exception, message: str, exit_code: int) -> int:
+    if options.debug:
         traceback.print_exception(error)
     click.echo(f"flowmm: {message}", err=True)
     return exit_code

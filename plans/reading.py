@@ -48,7 +48,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members: dict[str, Any] = {}
     for key, value in pairs:
         if key in members:
-            raise ValueError(f"the key {_shown(key)} stands twice in one object. Remove one of the two")
+            raise ValueError(f"the key {_shown(key)} appears twice in one object. Remove one of the two")
         members[key] = value
     return members
 
@@ -100,7 +100,11 @@ def _shown(value: Any) -> str:
 
 def dotted(path: Sequence[PathStep]) -> str:
     """``("layers", 3, "mode")`` as ``layers[3].mode``."""
-    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
+    # A key of a foreign file can hold anything: only plain ones are shown bare.
+    names = [
+        f"[{step}]" if isinstance(step, int) else f".{step if step.isidentifier() else _shown(step)}" for step in path
+    ]
+    text = "".join(names)
     return text.removeprefix(".") or "the plan"
 
 

@@ -153,7 +153,7 @@ def test_number_that_is_not_finite(literal: str) -> None:
 
 def test_duplicate_key() -> None:
     message = refusal(TEXT.replace('"theta": 0.25,', '"theta": 0.25,\n    "theta": 0.3,'))
-    assert '"theta" stands twice' in message
+    assert '"theta" appears twice' in message
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '"plan"', "null"])
@@ -201,6 +201,7 @@ def test_damage_is_refused_or_harmless(position: int, length: int, insertion: st
         (lambda p: p["layers"][3].update(index=4), "layers[3].index: found 4, expected 3"),
         (lambda p: p["layers"][3]["rho"].update(q05=0.9), "quantiles must not decrease"),
         (lambda p: p["layers"][3].update(colour="red"), "layers[3].colour: unknown field"),
+        (lambda p: p["layers"][3].update({"a\u001b[2J": 1}), r'layers[3]."a\u001b[2J": unknown field'),
         (lambda p: p["layers"].pop(), "layers: 5 layers, but model.num_layers is 6"),
         (lambda p: p["model"].pop("head_dim"), "line 5, model.head_dim: required field is missing"),
         (lambda p: p["model"].update(source="/data/models/x"), "not a path"),
