@@ -70,7 +70,8 @@ def fingerprint_model(
     Args:
         source: hub id or directory name to record; by default read from the model. Of a path only its last component
             is recorded.
-        revision: commit to record; by default the one transformers noted when it loaded from the hub.
+        revision: commit to record; by default the one transformers noted when it loaded from the hub (not all
+            versions do).
 
     Raises:
         UnsupportedModelError: the model belongs to no supported family.

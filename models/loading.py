@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file
 
 from flowmm.errors import FlowmmError, InputError, ModelLoadError
@@ -34,6 +37,13 @@ _DTYPES: dict[str, torch.dtype | str] = {
     "fp32": torch.float32,
     "float32": torch.float32,
 }
+
+
+_NEEDED_FILES = (
+    ("config.json",),
+    ("tokenizer.json", "vocab.json"),
+    ("preprocessor_config.json", "processor_config.json"),
+)
 
 
 @dataclass(frozen=True)
@@ -116,16 +126,16 @@ def load_model(
         local_files_only: use what is cached; the environment variable ``HF_HUB_OFFLINE=1`` does the same.
 
     Raises:
-        InputError: unknown name, dtype or device, or options that exclude each other.
+        InputError: unknown name, dtype, device or attention implementation, or options that exclude each other.
         UnsupportedModelError: the model's architecture is not supported.
         ModelLoadError: files are missing, damaged, unreachable, or do not belong together.
     """
     torch_dtype = _choose_dtype(dtype)
+    _check_attention(attn_implementation)
     target = _choose_device(device) if device_map is None else _check_device_map(device)
     location = resolve_source(name)
     files: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
-    config, commit = _read_config(location, files)
-    family = family_of(config)
+    family = family_of(_read_config(location, files))
     code = {"trust_remote_code": trust_remote_code}
     weights: dict[str, Any] = {
         "dtype": torch_dtype,
@@ -142,7 +152,7 @@ def load_model(
         image_processor=image_processor,
         family=family,
         source=public_source(location),
-        revision=commit,
+        revision=_cached_commit(location, files),
         chat_template=_chat_template(location, tokenizer, files),
     )
 
@@ -151,6 +161,12 @@ def _choose_dtype(dtype: str) -> torch.dtype | str:
     if dtype not in _DTYPES:
         raise InputError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
     return _DTYPES[dtype]
+
+
+def _check_attention(name: str) -> None:
+    known = sorted({"eager", *ALL_ATTENTION_FUNCTIONS})
+    if name not in known:
+        raise InputError(f"attn_implementation {name!r}: this transformers knows {', '.join(known)}; try sdpa")
 
 
 def _choose_device(device: str) -> torch.device:
@@ -182,16 +198,33 @@ def _move(model: GenerativeModel, device: torch.device) -> GenerativeModel:
         ) from error
 
 
-def _read_config(location: str, files: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """The contents of ``config.json`` and, from the hub, the commit it belongs to."""
+def _read_config(location: str, files: dict[str, Any]) -> dict[str, Any]:
     directory = Path(location)
-    if directory.is_dir() and not (directory / "config.json").is_file():
-        raise ModelLoadError(
-            f"{location}: no config.json; expected a checkpoint directory with config.json, *.safetensors, tokenizer "
-            f"files and preprocessor_config.json"
-        )
+    if directory.is_dir():
+        _check_directory(directory)
     config, _ = _load_part("config.json", location, PreTrainedConfig.get_config_dict, files)
-    return config, config.get("_commit_hash")
+    if not isinstance(config, dict):
+        raise ModelLoadError(f"{location}: config.json holds a {type(config).__name__}; expected a JSON object")
+    return config
+
+
+def _cached_commit(location: str, files: dict[str, Any]) -> str | None:
+    """The hub commit the files came from, read from where they lie in the cache; None for a directory."""
+    path = _load_part("config.json", location, partial(cached_file, filename="config.json"), files)
+    commit = re.search(r"/snapshots/([0-9a-f]{40})/config\.json$", Path(path).as_posix())
+    return commit.group(1) if commit else None
+
+
+def _check_directory(directory: Path) -> None:
+    present = {path.name for path in directory.iterdir()}
+    absent = [" or ".join(names) for names in _NEEDED_FILES if present.isdisjoint(names)]
+    if not any(name.endswith(".safetensors") for name in present):
+        absent.append("*.safetensors")
+    if absent:
+        raise ModelLoadError(
+            f"{directory}: no {', no '.join(absent)}; expected a complete checkpoint directory: download it again, or "
+            f"copy the missing files from the original model"
+        )
 
 
 def _load_weights(family: Family, location: str, options: dict[str, Any]) -> GenerativeModel:
@@ -212,27 +245,41 @@ def _load_part(part: str, location: str, load: Any, options: dict[str, Any]) -> 
     except FlowmmError:
         raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise ModelLoadError(f"{location}: cannot load the {part}: {lines[0]} {_advice(location)}") from error
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = reason.rstrip(".")
+        raise ModelLoadError(f"{location}: cannot load the {part}: {reason}{_advice(location, error)}") from error
 
 
-def _advice(location: str) -> str:
+def _advice(location: str, error: Exception) -> str:
+    if isinstance(error, ImportError):
+        return "; install that package or choose an option that does not need it"
     if Path(location).is_dir():
-        return "(expected config.json, *.safetensors, tokenizer files and preprocessor_config.json in that directory)"
+        return "; if the file is damaged, download or save the checkpoint again"
     return (
-        "(if the model hub cannot be reached from here or HF_HUB_OFFLINE is set: download the repository where the "
-        "network is available and pass its directory; a gated repository needs `hf auth login`)"
+        "; if the model hub cannot be reached from here or HF_HUB_OFFLINE is set, download the repository where the "
+        "network is available and pass its directory; a gated repository needs `hf auth login`"
     )
 
 
 def _chat_template(location: str, tokenizer: Any, files: dict[str, Any]) -> str | None:
     """The processor's template if the checkpoint has one apart from the tokenizer's (``chat_template.json``)."""
-    path = cached_file(location, "chat_template.json", _raise_exceptions_for_missing_entries=False, **files)
-    if path is not None:
-        return json.loads(Path(path).read_text(encoding="utf-8"))["chat_template"]
+    template = _load_part("chat template", location, _read_chat_template, files)
+    if template is not None:
+        return template
     if tokenizer.chat_template is None:
         raise ModelLoadError(
             f"{location}: no chat template; expected chat_template.jinja, chat_template.json, or chat_template in "
             f"tokenizer_config.json: use an instruct checkpoint"
         )
     return None
+
+
+def _read_chat_template(location: str, **files: Any) -> str | None:
+    path = cached_file(
+        location,
+        "chat_template.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **files,
+    )
+    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))["chat_template"]

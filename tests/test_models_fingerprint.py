@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from flowmm.errors import UnsupportedModelError
 from flowmm.models import fingerprint_model, load_model
@@ -151,3 +152,17 @@ def test_sources_never_show_a_path(checkpoint: Path, monkeypatch: pytest.MonkeyP
     assert public_source("Qwen/Qwen2.5-VL-7B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
     monkeypatch.chdir(checkpoint.parent.parent)
     assert public_source(f"{checkpoint.parent.name}/tiny-vl") == "tiny-vl"
+
+
+def test_config_hash_of_the_flat_format_of_the_hub(checkpoint: Path, tmp_path: Path) -> None:
+    """Published checkpoints keep the text fields at the top level and name rope by its old keys."""
+    nested = json.loads((checkpoint / "config.json").read_text())
+    text = nested.pop("text_config")
+    rope = text.pop("rope_parameters")
+    for key in ("model_type", "layer_types"):
+        text.pop(key)
+    scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    flat = text | nested | {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    published = Qwen2_5_VLConfig.from_pretrained(tmp_path)
+    assert config_sha256(published) == config_sha256(Qwen2_5_VLConfig.from_pretrained(checkpoint))

@@ -14,7 +14,7 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from flowmm.errors import InputError, ModelLoadError, UnsupportedModelError
-from flowmm.models import build_messages, family_of, load_model, text_config
+from flowmm.models import build_messages, family_of, fingerprint_model, load_model, text_config
 from flowmm.models.catalogue import pocket_checkpoint
 from flowmm.tests.tiny import tiny_model
 from flowmm.tests.tiny_checkpoint import CHAT_TEMPLATE, tiny_image, write_checkpoint
@@ -82,10 +82,10 @@ def test_a_missing_shard_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("config.json", r"no config\.json"),
-        ("model.safetensors", "cannot load the weights"),
-        ("tokenizer.json", "tokenizer"),
-        ("preprocessor_config.json", "cannot load the image processor"),
+        ("config.json", r"no config\.json; expected"),
+        ("model.safetensors", r"no \*\.safetensors"),
+        ("tokenizer.json", r"no tokenizer\.json or vocab\.json"),
+        ("preprocessor_config.json", r"no preprocessor_config\.json or"),
         ("chat_template.jinja", "no chat template"),
     ],
 )
@@ -105,6 +105,13 @@ def test_a_truncated_file_is_a_load_error(damaged: Path, file: str) -> None:
         load_model(str(damaged))
 
 
+@pytest.mark.parametrize(("file", "content"), [("config.json", "[]"), ("chat_template.json", "{")])
+def test_json_of_another_shape_is_a_load_error(damaged: Path, file: str, content: str) -> None:
+    (damaged / file).write_text(content)
+    with pytest.raises(ModelLoadError, match=r"config\.json|chat template"):
+        load_model(str(damaged))
+
+
 def test_missing_and_misshapen_tensors_are_not_made_up(damaged: Path) -> None:
     config = json.loads((damaged / "config.json").read_text())
     edit_json(
@@ -120,6 +127,7 @@ def test_missing_and_misshapen_tensors_are_not_made_up(damaged: Path) -> None:
 def test_pickled_weights_are_never_read(damaged: Path) -> None:
     (damaged / "model.safetensors").unlink()
     torch.save({}, damaged / "pytorch_model.bin")
+    (damaged / "other.safetensors").touch()
     with pytest.raises(ModelLoadError, match="cannot load the weights"):
         load_model(str(damaged))
 
@@ -149,11 +157,25 @@ def test_the_processors_chat_template_wins(damaged: Path) -> None:
 
 
 def test_a_hub_model_that_is_not_cached_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModelLoadError, match="HF_HUB_OFFLINE is set: download the repository"):
+    with pytest.raises(ModelLoadError, match="HF_HUB_OFFLINE is set, download the repository"):
         load_model("nobody/not-cached", local_files_only=True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelLoadError, match="nobody/not-cached: cannot load"):
         load_model("nobody/not-cached")
+
+
+def test_a_cached_hub_model_loads_offline_with_its_commit(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--nobody--tiny-vl"
+    shutil.copytree(checkpoint, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    loaded = load_model("nobody/tiny-vl", local_files_only=True)
+    assert (loaded.source, loaded.revision) == ("nobody/tiny-vl", commit)
+    assert loaded.fingerprint() == fingerprint_model(loaded.model, revision=commit)
 
 
 @pytest.mark.parametrize(
@@ -176,8 +198,14 @@ def test_a_missing_device_is_an_input_error(checkpoint: Path) -> None:
 
 
 def test_an_attention_implementation_that_is_not_there(checkpoint: Path) -> None:
-    with pytest.raises(ModelLoadError, match="cannot load the weights"):
+    with pytest.raises(InputError, match="'no_such_attention': this transformers knows eager"):
         load_model(str(checkpoint), attn_implementation="no_such_attention")
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed")
+def test_an_attention_package_that_is_not_installed(checkpoint: Path) -> None:
+    with pytest.raises(ModelLoadError, match=r"cannot load the weights: .*; install that package"):
+        load_model(str(checkpoint), attn_implementation="flash_attention_2")
 
 
 @pytest.mark.skipif(find_spec("accelerate") is not None, reason="accelerate is installed")
