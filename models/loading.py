@@ -136,15 +136,13 @@ def load_model(
     location = resolve_source(name)
     files: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
     family = family_of(_read_config(location, files))
+    # Small files first: what is wrong with them should not take a minute of reading weights to find out.
     code = {"trust_remote_code": trust_remote_code}
-    weights: dict[str, Any] = {
-        "dtype": torch_dtype,
-        "attn_implementation": attn_implementation,
-        "device_map": device_map,
-    }
-    model = _load_weights(family, location, files | weights)
     tokenizer = _load_part("tokenizer", location, AutoTokenizer.from_pretrained, files | code)
+    chat_template = _chat_template(location, tokenizer, files)
     image_processor = _load_part("image processor", location, family.load_image_processor, files)
+    weights = {"dtype": torch_dtype, "attn_implementation": attn_implementation, "device_map": device_map}
+    model = _load_weights(family, location, files | weights)
     family.check_parts(model.config, tokenizer, image_processor)
     return LoadedModel(
         model=(model if target is None else _move(model, target)).eval(),
@@ -153,7 +151,7 @@ def load_model(
         family=family,
         source=public_source(location),
         revision=_cached_commit(location, files),
-        chat_template=_chat_template(location, tokenizer, files),
+        chat_template=chat_template,
     )
 
 
