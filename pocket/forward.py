@@ -1,0 +1,61 @@
+"""The training forward pass: the model's own modules and numbers, batched for equal images and packed rows."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+
+from flowmm.pocket.batches import GRID, MERGE_SIZE, Batch, patches
+
+
+def visual_embeddings(model: Qwen2_5_VLForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
+    """Return ``[N, tokens, hidden]`` for ``pixels [N, GRID * GRID, channels]``.
+
+    The model's own vision forward attends image by image in a Python loop; equal sizes allow one batched call.
+    """
+    tower = model.model.visual
+    n, length, _ = pixels.shape
+    rows = torch.arange(GRID).view(GRID // MERGE_SIZE, 1, MERGE_SIZE, 1)
+    columns = torch.arange(GRID).view(1, GRID // MERGE_SIZE, 1, MERGE_SIZE)
+    shape = (GRID // MERGE_SIZE, GRID // MERGE_SIZE, MERGE_SIZE, MERGE_SIZE)
+    places = torch.stack([rows.expand(shape).flatten(), columns.expand(shape).flatten()])
+    hidden = tower.patch_embed(pixels.reshape(n * length, -1)).view(n, length, -1)
+    cos, sin = tower.rotary_pos_emb(hidden, places.T)
+    for block in tower.blocks:
+        attention = block.attn
+        qkv = attention.qkv(block.norm1(hidden)).view(n, length, 3, attention.num_heads, -1)
+        query, key, value = qkv.unbind(2)
+        query, key = apply_rotary_pos_emb_vision(query, key, cos, sin)
+        seen = scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        hidden = hidden + attention.proj(seen.transpose(1, 2).reshape(n, length, -1))
+        hidden = hidden + block.mlp(block.norm2(hidden))
+    return tower.merger(hidden.reshape(n * length, -1)).view(n, length // MERGE_SIZE**2, -1)
+
+
+class Packed(torch.nn.Module):
+    """Answers packed batches with a model's own modules."""
+
+    def __init__(self, model: Qwen2_5_VLForConditionalGeneration) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, image_token: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits ``[answers, vocabulary]`` at every scored position and the visual embeddings used."""
+        model = self.model
+        visual = visual_embeddings(model, patches(batch.images).to(model.lm_head.weight.dtype))
+        words = model.get_input_embeddings()(batch.ids)
+        is_image = (batch.ids == image_token)[..., None]
+        states = model.model.language_model(
+            inputs_embeds=words.masked_scatter(is_image, visual),
+            position_ids=batch.positions,
+            attention_mask={"full_attention": batch.mask},
+            use_cache=False,
+        ).last_hidden_state
+        return model.lm_head(states[batch.targets >= 0]), visual
+
+    def in_bf16(self, batch: Batch, image_token: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run ``forward`` on bf16 copies of the weights; gradients reach the fp32 originals."""
+        halves = {name: parameter.bfloat16() for name, parameter in self.named_parameters()}
+        return torch.func.functional_call(self, halves, (batch, image_token), tie_weights=True)

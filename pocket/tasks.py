@@ -1,0 +1,344 @@
+"""Generated multi-image prompts with one exact answer each: the pocket model's world.
+
+A scene is a shuffled row of captioned pictures (several coloured shapes or digits each), text facts and filler. A task
+is a way of asking about a scene. A sample draws from a stream keyed by (split, task, index, seed): splits share none.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+from PIL import Image
+
+from flowmm.errors import InputError
+
+SPLITS = ("train", "validation", "test", "calibration")
+
+# fmt: off
+NAMES = (
+    "ada", "bob", "cleo", "dan", "eve", "finn", "gus", "hana", "ivy", "jack", "kim", "leo", "mia", "ned",
+    "ola", "pia", "ravi", "sue", "tom", "uma",
+)
+KEYS = (
+    "door", "lamp", "boat", "clock", "bridge", "garden", "mirror", "engine", "ladder", "violin", "basket",
+    "anchor", "window", "pocket", "ticket", "tunnel", "harbour", "kettle", "rocket", "saddle",
+)
+VALUES = (
+    "kiwi", "fig", "plum", "mango", "lemon", "cherry", "melon", "olive", "peach", "grape", "onion", "carrot",
+    "walnut", "pepper", "radish", "tomato", "barley", "ginger", "celery", "papaya",
+)
+# fmt: on
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 190, 60),
+    "blue": (50, 80, 230),
+    "yellow": (230, 210, 40),
+    "purple": (170, 50, 200),
+    "white": (235, 235, 235),
+}
+DIGIT = "digit"
+SHAPES = ("circle", "square", "triangle", "cross", "ring", DIGIT)
+FILLERS = (
+    "the rain stopped before noon.",
+    "a train passed in the night.",
+    "nobody was at the market.",
+    "we walked along the river.",
+    "the bread was still warm.",
+    "an old song played again.",
+    "the road turns left here.",
+    "it was a quiet morning.",
+)
+
+IMAGE_SIZE = 32
+CELL = 16
+_REDRAWS = 100
+_OBJECT_SIZES = (11, 12, 13, 14)
+_DIGIT_SIZES = (13, 14, 15, 16)
+# Which tenths of the handwritten digits belong to which split, so that no split is asked about another's handwriting.
+_DIGIT_TENTHS = {"train": (0, 1, 2, 3, 4, 5), "validation": (6,), "test": (7, 8), "calibration": (9,)}
+
+
+@dataclass(frozen=True)
+class Object:
+    """One coloured shape and the cell (row, column) of the picture it lies in; ``digit`` where the shape is one."""
+
+    shape: str
+    colour: str
+    cell: tuple[int, int]
+    digit: int | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A captioned image; no shape occurs in it twice. ``pixels`` is uint8 ``[IMAGE_SIZE, IMAGE_SIZE, 3]``."""
+
+    name: str
+    objects: tuple[Object, ...]
+    pixels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Fact:
+    """The sentence ``KEY is VALUE.``"""
+
+    key: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Pictures, facts and filler sentences in the order in which a prompt shows them."""
+
+    items: tuple[Picture | Fact | str, ...]
+
+    @property
+    def pictures(self) -> list[Picture]:
+        return [item for item in self.items if isinstance(item, Picture)]
+
+    @property
+    def facts(self) -> list[Fact]:
+        return [item for item in self.items if isinstance(item, Fact)]
+
+    def content(self) -> tuple[dict, ...]:
+        """Return chat content parts; neighbouring sentences share one text part."""
+        parts: list[dict] = []
+        words: list[str] = []
+        for item in self.items:
+            match item:
+                case Picture():
+                    words.append(f"image {item.name}")
+                    parts.append({"type": "text", "text": " ".join(words)})
+                    parts.append({"type": "image", "image": Image.fromarray(item.pixels)})
+                    words = []
+                case Fact():
+                    words.append(f"{item.key} is {item.value}.")
+                case str():
+                    words.append(item)
+        if words:
+            parts.append({"type": "text", "text": " ".join(words)})
+        return tuple(parts)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt, one question, one exact answer."""
+
+    task: str
+    split: str
+    index: int
+    context: tuple[dict, ...]
+    question: str
+    answer: str
+
+    @property
+    def images(self) -> list[Image.Image]:
+        return [part["image"] for part in self.context if part["type"] == "image"]
+
+    def messages(self) -> list[dict]:
+        """Return one user turn: the context's parts, then the question on a line of its own."""
+        return [{"role": "user", "content": [*self.context, {"type": "text", "text": "\n" + self.question}]}]
+
+
+@lru_cache(maxsize=64)
+def _stencil(shape: str, size: int) -> np.ndarray:
+    """Return the bool mask ``[size, size]`` of a shape that fills its box."""
+    y, x = np.mgrid[0:size, 0:size] - (size - 1) / 2
+    radius = size / 2
+    distance = np.hypot(x, y)
+    match shape:
+        case "circle":
+            return distance <= radius
+        case "square":
+            return np.maximum(abs(x), abs(y)) <= radius
+        case "triangle":
+            return abs(x) <= (y + radius) / 2
+        case "cross":
+            return np.minimum(abs(x), abs(y)) <= size / 6
+        case "ring":
+            return (distance <= radius) & (distance >= radius * 0.55)
+    raise InputError(f"unknown shape {shape!r}; expected one of {', '.join(SHAPES)}")
+
+
+@lru_cache(maxsize=len(SPLITS))
+def _handwriting(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return a split's digits: ink ``[n, 8, 8]`` from 0 to 255 and labels ``[n]``."""
+    with np.load(Path(__file__).parent / "digits.npz") as file:
+        ink, labels = file["images"] * np.uint8(15), file["labels"]
+    chosen = np.isin(np.arange(len(labels)) % 10, _DIGIT_TENTHS[split])
+    return ink[chosen], labels[chosen]
+
+
+def _paint(kind: np.ndarray, ink: np.ndarray, corner: np.ndarray, canvas: np.ndarray) -> None:
+    """Lay colour ``kind [3]`` over the canvas at ``corner``, as strongly as ``ink [size, size]`` says (0 to 1)."""
+    top, left = corner
+    box = canvas[top : top + len(ink), left : left + len(ink)]
+    box += ink[..., None] * (kind - box)
+
+
+def _object(shape: str, cell: tuple[int, int], canvas: np.ndarray, split: str, rng: np.random.Generator) -> Object:
+    """Draw an object's colour, size and place in its cell, and paint it."""
+    colour, digit = str(rng.choice(list(COLOURS))), None
+    if shape == DIGIT:
+        size = int(rng.choice(_DIGIT_SIZES))
+        drawings, labels = _handwriting(split)
+        chosen = int(rng.integers(len(labels)))
+        digit = int(labels[chosen])
+        drawing = Image.fromarray(drawings[chosen]).resize((size, size), Image.Resampling.BILINEAR)
+        ink = np.asarray(drawing, dtype=float) / 240
+    else:
+        size = int(rng.choice(_OBJECT_SIZES))
+        ink = _stencil(shape, size).astype(float)
+    corner = np.array(cell) * CELL + rng.integers(0, CELL - size + 1, 2)
+    _paint(np.array(COLOURS[colour]) + rng.uniform(-15, 15, 3), ink, corner, canvas)
+    return Object(shape, colour, cell, digit)
+
+
+def _picture(name: str, split: str, rng: np.random.Generator) -> Picture:
+    side = IMAGE_SIZE // CELL
+    count = int(rng.integers(2, side * side + 1))
+    cells = rng.permutation(side * side)[:count]
+    shapes = rng.permutation(SHAPES)[:count]
+    canvas = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), rng.uniform(15, 60))
+    objects = tuple(
+        _object(str(shape), divmod(int(cell), side), canvas, split, rng)
+        for shape, cell in zip(shapes, cells, strict=True)
+    )
+    pixels = np.clip(canvas + rng.normal(0, 8, canvas.shape), 0, 255).astype(np.uint8)
+    return Picture(name, objects, pixels)
+
+
+def draw_scene(
+    rng: np.random.Generator,
+    split: str,
+    images: int | None = None,
+    facts: int | None = None,
+    fillers: int | None = None,
+) -> Scene:
+    """Draw a scene; sizes left out are drawn too (9-19 images, 4-8 facts, 1-4 fillers: 200-500 prompt tokens).
+
+    Raises:
+        InputError: more images or facts than there are names or keys, or a negative number.
+    """
+    images = int(rng.integers(9, 20)) if images is None else images
+    facts = int(rng.integers(4, 9)) if facts is None else facts
+    fillers = int(rng.integers(1, 5)) if fillers is None else fillers
+    for what, asked, most in (("images", images, len(NAMES)), ("facts", facts, len(KEYS)), ("fillers", fillers, 1000)):
+        if not 0 <= asked <= most:
+            raise InputError(f"{what}={asked} is out of range; expected 0 to {most}")
+    items: list[Picture | Fact | str] = [_picture(str(name), split, rng) for name in rng.permutation(NAMES)[:images]]
+    keys, values = rng.permutation(KEYS)[:facts], rng.choice(VALUES, facts)
+    items += [Fact(str(key), str(value)) for key, value in zip(keys, values, strict=True)]
+    items += [str(rng.choice(FILLERS)) for _ in range(fillers)]
+    return Scene(tuple(items[i] for i in rng.permutation(len(items))))
+
+
+Question = tuple[str, str]
+"""A question and its only answer."""
+
+
+def _ask_text(scene: Scene, rng: np.random.Generator) -> Question | None:
+    if not scene.facts:
+        return None
+    fact = scene.facts[rng.integers(len(scene.facts))]
+    return f"what is {fact.key}?", fact.value
+
+
+def _ask_colour(scene: Scene, rng: np.random.Generator) -> Question | None:
+    if not scene.pictures:
+        return None
+    picture = scene.pictures[rng.integers(len(scene.pictures))]
+    item = picture.objects[rng.integers(len(picture.objects))]
+    return f"what colour is the {item.shape} in image {picture.name}?", item.colour
+
+
+def _ask_digit(scene: Scene, rng: np.random.Generator) -> Question | None:
+    found = [(picture, item) for picture in scene.pictures for item in picture.objects if item.digit is not None]
+    if not found:
+        return None
+    picture, item = found[rng.integers(len(found))]
+    return f"what is the digit in image {picture.name}?", str(item.digit)
+
+
+def _ask_find(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """Ask for the image with a shape in a colour that no other image shows."""
+    shown = [(item.shape, item.colour, picture.name) for picture in scene.pictures for item in picture.objects]
+    counts = Counter(thing[:2] for thing in shown)
+    unique = [thing for thing in shown if counts[thing[:2]] == 1]
+    if not unique:
+        return None
+    shape, colour, name = unique[rng.integers(len(unique))]
+    return f"what image shows the {shape} which is {colour}?", name
+
+
+QUESTIONS: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {
+    "text_needle": _ask_text,
+    "colour_needle": _ask_colour,
+    "digit_needle": _ask_digit,
+    "find": _ask_find,
+}
+"""How to ask each task about a scene; None where the scene has nothing to ask about."""
+
+TASKS: tuple[str, ...] = tuple(QUESTIONS)
+
+
+def stream(split: str, purpose: str, index: int, seed: int = 0) -> np.random.Generator:
+    """Return the random stream of one sample; different arguments never share a stream.
+
+    Raises:
+        InputError: unknown split, negative index or negative seed.
+    """
+    if split not in SPLITS:
+        raise InputError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
+    if index < 0 or seed < 0:
+        raise InputError(f"index {index} and seed {seed} must not be negative")
+    return np.random.default_rng(np.random.SeedSequence([seed, SPLITS.index(split), crc32(purpose.encode()), index]))
+
+
+def asked_scene(task: str, split: str, index: int, seed: int = 0, **sizes: int | None) -> tuple[Scene, Question]:
+    """Return the scene and the question of a sample; see ``sample`` for arguments and errors."""
+    if task not in QUESTIONS:
+        raise InputError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
+    rng = stream(split, task, index, seed)
+    for _ in range(_REDRAWS):
+        scene = draw_scene(rng, split, **sizes)
+        if asked := QUESTIONS[task](scene, rng):
+            return scene, asked
+    raise InputError(f"{task} has nothing to ask about scenes of sizes {sizes}; ask for more images or facts")
+
+
+def sample(
+    task: str,
+    split: str,
+    index: int,
+    seed: int = 0,
+    *,
+    images: int | None = None,
+    facts: int | None = None,
+    fillers: int | None = None,
+) -> Sample:
+    """Return sample ``index`` of a task; the same arguments always give the same sample.
+
+    Raises:
+        InputError: unknown task or split, negative index or seed, a size out of range (see ``draw_scene``),
+            or sizes that leave nothing to ask about.
+    """
+    scene, asked = asked_scene(task, split, index, seed, images=images, facts=facts, fillers=fillers)
+    return Sample(task, split, index, scene.content(), *asked)
+
+
+def samples(split: str, n: int, tasks: Sequence[str] = TASKS, seed: int = 0) -> Iterator[Sample]:
+    """Yield ``n`` samples, taking the tasks in turn.
+
+    Raises:
+        InputError: no task, an unknown task, or an unknown split.
+    """
+    if not tasks:
+        raise InputError(f"no task given; expected some of {', '.join(TASKS)}")
+    for i in range(n):
+        yield sample(tasks[i % len(tasks)], split, i // len(tasks), seed)

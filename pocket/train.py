@@ -1,0 +1,303 @@
+"""Train the pocket model: ``python -m flowmm.pocket.train [--out DIR] [--resume]``; the defaults made the weights.
+
+Two stages. First the vision tower learns to write, at each visual token, the text embeddings of the shape and the
+colour it shows. Then everything trains on packed scenes that grow from one image to full prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+from flowmm.pocket import tasks
+from flowmm.pocket.architecture import build_image_processor, build_model
+from flowmm.pocket.batches import TOKENS_PER_SIDE, Batch, Packer, draw_branch, pack, patches
+from flowmm.pocket.forward import Packed, visual_embeddings
+from flowmm.pocket.muon import Muon
+from flowmm.pocket.tokenizer import build_tokenizer
+
+
+@dataclass(frozen=True)
+class Level:
+    """One stage of the curriculum: the step it ends at, the sizes it draws from, how often it asks each task."""
+
+    until: int
+    rows: int
+    images: tuple[int, int]
+    facts: tuple[int, int]
+    fillers: tuple[int, int]
+    shares: tuple[float, ...] = (0.2, 0.3, 0.2, 0.3)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every knob of the run that made the shipped weights."""
+
+    seed: int = 0
+    vision_steps: int = 500
+    vision_images: int = 128
+    steps: int = 900
+    cooldown: float = 0.3
+    questions: int = 20
+    second_turns: float = 0.2
+    matrix_lr: float = 0.01
+    vector_lr: float = 2e-3
+    merger_lr: float = 2e-4
+    warmup: int = 30
+    visual_norm: float = 1.5
+    validate_every: int = 100
+    validation_prompts: int = 64
+    levels: tuple[Level, ...] = (
+        Level(60, 20, (1, 2), (1, 4), (0, 1)),
+        Level(150, 16, (2, 5), (2, 6), (0, 2)),
+        Level(350, 12, (4, 10), (3, 8), (1, 3)),
+        Level(1_000_000, 10, (6, 19), (4, 8), (1, 4)),
+    )
+
+
+class Trainer:
+    """Model, optimisers and step counter; all data follows from the seed and the step, so resuming is exact."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Qwen2Tokenizer) -> None:
+        self.recipe = recipe
+        self.packer = Packer(tokenizer)
+        self.model = build_model(tokenizer, recipe.seed)
+        self.packed = Packed(self.model)
+        self.tokenizer = tokenizer
+        self.step = 0
+        self.tokens = 0
+        matrices, vectors, merger = self._groups()
+        self.optimisers: list[torch.optim.Optimizer] = [
+            Muon(matrices, recipe.matrix_lr),
+            torch.optim.AdamW(
+                [{"params": vectors, "lr": recipe.vector_lr}, {"params": merger, "lr": recipe.vector_lr}],
+                betas=(0.9, 0.95),
+                weight_decay=0.0,
+            ),
+        ]
+        self._start_rates = [[group["lr"] for group in each.param_groups] for each in self.optimisers]
+
+    def _groups(self) -> tuple[list, list, list]:
+        matrices, vectors, merger = [], [], []
+        for name, parameter in self.model.named_parameters():
+            if name.endswith(("merger.mlp.2.weight", "merger.mlp.2.bias")):
+                merger.append(parameter)
+            elif parameter.ndim == 2 and "embed_tokens" not in name:
+                matrices.append(parameter)
+            else:
+                vectors.append(parameter)
+        return matrices, vectors, merger
+
+    def advance(self) -> dict[str, float]:
+        """Make one optimiser step of whichever stage the step counter is in; return what to log."""
+        vision = self.step < self.recipe.vision_steps
+        self._set_rates(vision)
+        loss, logged = self._vision_loss() if vision else self._text_loss()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        self.step += 1
+        return {"loss": loss.item(), **logged}
+
+    def _set_rates(self, vision: bool) -> None:
+        """Warm up, stay, cool down, per stage; the merger's last layer is slow once its outputs mean something."""
+        recipe = self.recipe
+        total = recipe.vision_steps if vision else recipe.steps
+        done = self.step if vision else self.step - recipe.vision_steps
+        cooling = (total - done) / (recipe.cooldown * total)
+        factor = max(0.01, min((done + 1) / recipe.warmup, cooling, 1.0))
+        for optimiser, starts in zip(self.optimisers, self._start_rates, strict=True):
+            for group, start in zip(optimiser.param_groups, starts, strict=True):
+                group["lr"] = start * factor
+        if not vision:
+            self.optimisers[1].param_groups[1]["lr"] = recipe.merger_lr * factor
+
+    def _vision_loss(self) -> tuple[torch.Tensor, dict[str, float]]:
+        rng = tasks.stream("train", "vision", self.step, self.recipe.seed)
+        pictures = tasks.draw_scene(rng, "train", 8, 0, 0).pictures
+        while len(pictures) < self.recipe.vision_images:
+            pictures += tasks.draw_scene(rng, "train", 8, 0, 0).pictures
+        return vision_loss(self.model, self.tokenizer, pictures, self.recipe.visual_norm)
+
+    def _text_loss(self) -> tuple[torch.Tensor, dict[str, float]]:
+        batch = self.batch(self.step - self.recipe.vision_steps)
+        logits, visual = self.packed.in_bf16(batch, self.packer.image_token)
+        self.tokens += batch.ids.numel()
+        scored = batch.targets[batch.targets >= 0]
+        asked = batch.asked[batch.targets >= 0]
+        norms = visual.float().norm(dim=-1)
+        too_long = (norms - self.recipe.visual_norm).clamp(min=0).square().mean()
+        right = (logits.argmax(-1) == scored).float()
+        content = scored != self.tokenizer.eos_token_id
+        logged = {name: right[(asked == i) & content].mean().item() for i, name in enumerate(tasks.TASKS)}
+        return cross_entropy(logits.float(), scored) + 0.05 * too_long, {
+            **logged,
+            "norm": norms.mean().item(),
+            "length": float(batch.ids.shape[1]),
+        }
+
+    def batch(self, step: int) -> Batch:
+        """Return the packed training batch of a step."""
+        recipe = self.recipe
+        rng = tasks.stream("train", "packed", step, recipe.seed)
+        level = next(level for level in recipe.levels if step < level.until)
+        images, facts, fillers = (
+            int(rng.integers(low, high + 1)) for low, high in (level.images, level.facts, level.fillers)
+        )
+        scenes = [tasks.draw_scene(rng, "train", images, facts, fillers) for _ in range(level.rows)]
+        rows = []
+        for scene in scenes:
+            turns = 1 + (rng.random(recipe.questions) < recipe.second_turns)
+            rows.append(self.packer.row(scene, [draw_branch(scene, rng, level.shares, int(n)) for n in turns]))
+        return pack(rows, scenes, self.packer.pad_token)
+
+    def save_state(self, path: Path) -> None:
+        """Write weights, optimiser moments and the step to one safetensors file, atomically."""
+        tensors = {f"model.{name}": value for name, value in self.model.named_parameters()}
+        for number, optimiser in enumerate(self.optimisers):
+            for index, state in optimiser.state_dict()["state"].items():
+                tensors |= {f"optimiser.{number}.{index}.{key}": value for key, value in state.items()}
+        part = path.with_suffix(".part")
+        meta = {"step": str(self.step), "tokens": str(self.tokens)}
+        save_file({name: value.detach().contiguous() for name, value in tensors.items()}, part, metadata=meta)
+        os.replace(part, path)
+
+    def load_state(self, path: Path) -> None:
+        """Continue from ``save_state``; training then goes on exactly as if it had not stopped."""
+        states: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in self.optimisers]
+        with safe_open(path, framework="pt") as file:
+            self.step, self.tokens = int(file.metadata()["step"]), int(file.metadata()["tokens"])
+            parameters = dict(self.model.named_parameters())
+            for name in file.keys():  # noqa: SIM118 (a safetensors file cannot be iterated)
+                if name.startswith("model."):
+                    parameters[name.removeprefix("model.")].data.copy_(file.get_tensor(name))
+                else:
+                    _, number, index, key = name.split(".")
+                    states[int(number)].setdefault(int(index), {})[key] = file.get_tensor(name)
+        for optimiser, state in zip(self.optimisers, states, strict=True):
+            optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def vision_loss(
+    model: Qwen2_5_VLForConditionalGeneration,
+    tokenizer: Qwen2Tokenizer,
+    pictures: list[tasks.Picture],
+    visual_norm: float,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Score each visual token that lies in an object's cell against the words for that shape and colour."""
+    tokens_per_cell = TOKENS_PER_SIDE * tasks.CELL // tasks.IMAGE_SIZE
+    labels = torch.full((len(pictures), TOKENS_PER_SIDE, TOKENS_PER_SIDE, 3), -100)
+    for i, picture in enumerate(pictures):
+        for item in picture.objects:
+            row, column = (tokens_per_cell * place for place in item.cell)
+            digit = -100 if item.digit is None else item.digit
+            labels[i, row : row + tokens_per_cell, column : column + tokens_per_cell] = torch.tensor(
+                [tasks.SHAPES.index(item.shape), list(tasks.COLOURS).index(item.colour), digit]
+            )
+    embedded = visual_embeddings(model, patches(np.stack([picture.pixels for picture in pictures])))
+    norms = embedded.norm(dim=-1)
+    loss = 0.1 * (norms - visual_norm).square().mean()
+    logged = {"norm": norms.mean().item()}
+    table = model.lm_head.weight.detach()
+    said = {"shape": tasks.SHAPES, "colour": tuple(tasks.COLOURS), "digit": tuple("0123456789")}
+    for kind, (name, words) in enumerate(said.items()):
+        # The last token of a digit after a space is the bare digit: the sum then counts it twice, which does no harm.
+        rows = [table[tokenizer.encode(word)[-1]] + table[tokenizer.encode(" " + word)[-1]] for word in words]
+        scores = (embedded @ torch.stack(rows).T * 4).flatten(0, -2)
+        wanted = labels[..., kind].flatten()
+        loss = loss + cross_entropy(scores, wanted)
+        logged[name] = (scores.argmax(-1) == wanted)[wanted >= 0].float().mean().item()
+    return loss, logged
+
+
+def validation_accuracy(trainer: Trainer, task: str) -> float:
+    """Return the exact-match share on validation prompts with one question each, teacher-forced over the answer."""
+    packer, recipe = trainer.packer, trainer.recipe
+    right = []
+    for start in range(0, recipe.validation_prompts, 8):
+        drawn = [tasks.asked_scene(task, "validation", start + i, recipe.seed) for i in range(8)]
+        rows = [packer.row(scene, [[(tasks.TASKS.index(task), asked)]]) for scene, asked in drawn]
+        batch = pack(rows, [scene for scene, _ in drawn], packer.pad_token)
+        with torch.no_grad():
+            logits, _ = trainer.packed.in_bf16(batch, packer.image_token)
+        scored = batch.targets >= 0
+        wrong = torch.zeros_like(batch.targets, dtype=torch.bool)
+        wrong[scored] = logits.argmax(-1) != batch.targets[scored]
+        right.append(~wrong.any(1))
+    return torch.cat(right).float().mean().item()
+
+
+def save_checkpoint(trainer: Trainer, directory: Path) -> None:
+    """Write a normal checkpoint directory: bf16 weights, tokenizer, image processor, generation defaults."""
+    tokenizer, model = trainer.tokenizer, trainer.model
+    shipped = Qwen2_5_VLForConditionalGeneration(model.config).to(torch.bfloat16)
+    shipped.load_state_dict(model.state_dict())
+    shipped.generation_config = GenerationConfig(
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=8,
+    )
+    shipped.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    build_image_processor().save_pretrained(directory)
+
+
+def run(trainer: Trainer, out: Path, state: Path) -> None:
+    """Train to the recipe's last step, logging to stderr and ``state``'s directory; checkpoint at each validation."""
+    recipe = trainer.recipe
+    started = time.monotonic()
+    while trainer.step < recipe.vision_steps + recipe.steps:
+        logged = trainer.advance()
+        if trainer.step % 10 == 0:
+            _report({"step": trainer.step, "seconds": time.monotonic() - started, **logged})
+        if trainer.step % recipe.validate_every == 0:
+            if trainer.step > recipe.vision_steps:
+                accuracy = {f"validation {task}": validation_accuracy(trainer, task) for task in tasks.TASKS}
+                _report({"step": trainer.step, "tokens": trainer.tokens, **accuracy})
+            save_checkpoint(trainer, out)
+            trainer.save_state(state)
+    save_checkpoint(trainer, out)
+    trainer.save_state(state)
+
+
+def _report(values: dict[str, float]) -> None:
+    print(json.dumps({name: round(value, 4) for name, value in values.items()}), file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line of the training run."""
+    parser = argparse.ArgumentParser(prog="python -m flowmm.pocket.train", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "checkpoint", help="checkpoint directory")
+    parser.add_argument("--state", type=Path, help="where to keep the training state (default: OUT.state.safetensors)")
+    parser.add_argument("--resume", action="store_true", help="continue from the training state")
+    parser.add_argument("--steps", type=int, default=Recipe.steps, help="steps after the vision stage")
+    parser.add_argument("--vision-steps", type=int, default=Recipe.vision_steps)
+    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    recipe = Recipe(seed=options.seed, steps=options.steps, vision_steps=options.vision_steps)
+    trainer = Trainer(recipe, build_tokenizer())
+    state = options.state or options.out.with_name(options.out.name + ".state.safetensors")
+    if options.resume:
+        trainer.load_state(state)
+    run(trainer, options.out, state)
+
+
+if __name__ == "__main__":
+    main()

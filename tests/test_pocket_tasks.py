@@ -1,0 +1,83 @@
+"""The generator: deterministic, disjoint between splits, several objects per image, prompts of the promised size."""
+
+import numpy as np
+import pytest
+
+from flowmm.errors import InputError
+from flowmm.pocket import tasks
+
+
+def _fingerprint(sample: tasks.Sample) -> tuple:
+    pixels = tuple(np.asarray(image).tobytes() for image in sample.images)
+    return sample.question, sample.answer, pixels, tuple(p["text"] for p in sample.context if p["type"] == "text")
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_same_arguments_give_the_same_sample(task: str) -> None:
+    first, again = (tasks.sample(task, "test", 3, seed=5) for _ in range(2))
+    assert _fingerprint(first) == _fingerprint(again)
+    assert _fingerprint(first) != _fingerprint(tasks.sample(task, "test", 3, seed=6))
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_no_content_is_shared_between_splits(task: str) -> None:
+    seen = {
+        split: {pixels for i in range(200) for pixels in _fingerprint(tasks.sample(task, split, i, images=4))[2]}
+        for split in tasks.SPLITS
+    }
+    assert all(len(pixels) == 800 for pixels in seen.values())
+    assert len(set().union(*seen.values())) == 800 * len(tasks.SPLITS)
+
+
+def test_samples_take_the_tasks_in_turn() -> None:
+    drawn = list(tasks.samples("calibration", 5, seed=1))
+    assert [sample.task for sample in drawn] == [tasks.TASKS[i % len(tasks.TASKS)] for i in range(5)]
+    assert [sample.index for sample in drawn] == [i // len(tasks.TASKS) for i in range(5)]
+    assert _fingerprint(drawn[2]) == _fingerprint(tasks.sample(drawn[2].task, "calibration", drawn[2].index, seed=1))
+
+
+def test_an_image_cannot_be_answered_from_one_of_its_tokens() -> None:
+    for i in range(100):
+        for picture in tasks.draw_scene(tasks.stream("test", "any", i), "test").pictures:
+            shapes = [item.shape for item in picture.objects]
+            assert len(shapes) >= 2
+            assert len(set(shapes)) == len(shapes)
+            assert len({item.cell for item in picture.objects}) == len(shapes)
+
+
+def test_the_answer_follows_from_the_scene() -> None:
+    rng = tasks.stream("test", "answers", 0)
+    scene = tasks.draw_scene(rng, "test")
+    facts = {fact.key: fact.value for fact in scene.facts}
+    colours = {(item.shape, p.name): item.colour for p in scene.pictures for item in p.objects}
+    for _ in range(50):
+        question, answer = tasks.QUESTIONS["text_needle"](scene, rng)
+        assert facts[question.removeprefix("what is ").removesuffix("?")] == answer
+        question, answer = tasks.QUESTIONS["colour_needle"](scene, rng)
+        shape, name = question.removeprefix("what colour is the ").removesuffix("?").split(" in image ")
+        assert colours[shape, name] == answer
+
+
+def test_messages_are_one_user_turn_that_ends_with_the_question() -> None:
+    sample = tasks.sample("text_needle", "test", 0)
+    (turn,) = sample.messages()
+    assert turn["role"] == "user"
+    assert turn["content"][-1] == {"type": "text", "text": "\n" + sample.question}
+    assert turn["content"][:-1] == list(sample.context)
+    assert {image.size for image in sample.images} == {(tasks.IMAGE_SIZE, tasks.IMAGE_SIZE)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sizes"),
+    [
+        (("no_such_task", "test", 0), {}),
+        (("text_needle", "no_such_split", 0), {}),
+        (("text_needle", "test", -1), {}),
+        (("text_needle", "test", 0), {"images": 21}),
+        (("text_needle", "test", 0), {"facts": 0}),
+        (("colour_needle", "test", 0), {"images": 0}),
+    ],
+)
+def test_what_cannot_be_drawn_is_an_input_error(arguments: tuple, sizes: dict) -> None:
+    with pytest.raises(InputError):
+        tasks.sample(*arguments, **sizes)
