@@ -8,7 +8,7 @@ keyword argument that a forward pre-hook adds, so nothing is stored on a module 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -56,7 +56,7 @@ def _make_attention(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         flow: Flow | None = kwargs.pop(FLOW, None)
 
         def run_base() -> tuple[Tensor, Tensor | None]:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(base, _eager_of(module))
+            attend = _eager_of(module) if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
             return attend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
         layer = getattr(module, "layer_idx", None)
@@ -67,9 +67,9 @@ def _make_attention(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     return flowmm_attention
 
 
-def _eager_of(module: nn.Module) -> Callable[..., Any] | None:
+def _eager_of(module: nn.Module) -> Callable[..., Any]:
     """The eager attention function of the file that defines `module`; transformers keeps it out of its registry."""
-    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return sys.modules[type(module).__module__].eager_attention_forward
 
 
 for _base in BASES:
@@ -79,7 +79,7 @@ for _base in BASES:
 
 
 @contextmanager
-def attached(model: Any, pick_flow: Callable[[dict[str, Any]], Flow | None]) -> Iterator[None]:
+def attached(model: Any, pick_flow: Callable[[dict[str, Any]], Flow | None]) -> Generator[None]:
     """Route the text layers of `model` through a flow for the duration of the block.
 
     Args:

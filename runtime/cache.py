@@ -117,7 +117,7 @@ class FlowLayer(DynamicLayer):
         self.bias = None if self.bias is None else pick(self.bias)
         self.positions = None if self.positions is None else pick(self.positions)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
@@ -181,7 +181,9 @@ class FlowCache(Cache):
     """
 
     def __init__(self, settings: CompressionSettings) -> None:
-        super().__init__(layers=[FlowLayer() for _ in settings.modes])
+        # The same objects as `layers`, under the type that flowmm knows.
+        self.states = [FlowLayer() for _ in settings.modes]
+        super().__init__(layers=[*self.states])
         self.settings = settings
         self._prompt: Prompt | None = None
         self._in_forward = False
@@ -194,7 +196,7 @@ class FlowCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all keys, values and biases held now."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.states)
 
     def reset(self) -> None:
         super().reset()
@@ -232,10 +234,10 @@ class FlowCache(Cache):
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, base: Base
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of one layer: the host's own in prefill, then compression; afterwards over what was kept."""
-        states, prompt = self.layers[layer], self._prompt
+        states, prompt = self.states[layer], self._prompt
         if prompt is None:
             raise FlowmmError("attention ran before the cache saw the prompt; call the top model, not an inner module")
-        last = layer == len(self.layers) - 1
+        last = layer == len(self.states) - 1
         self._in_forward = not last
         if states.seen == query.shape[2]:
             output = base()
@@ -250,7 +252,7 @@ class FlowCache(Cache):
 
     @torch.no_grad()
     def _compress(self, layer: int, prompt: Prompt, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
-        settings, states, layout = self.settings, self.layers[layer], prompt.layout
+        settings, states, layout = self.settings, self.states[layer], prompt.layout
         mode, method, counts = settings.modes[layer], settings.method, prompt.counts[layer]
         rho = None
         if mode == "online" or settings.check is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -110,7 +110,7 @@ def _refuse_unsupported_generation(generation_config: Any, mode: Any) -> None:
 
 
 @contextmanager
-def _default_cache(model: Any, run: Run) -> Iterator[None]:
+def _default_cache(model: Any, run: Run) -> Generator[None]:
     """Make ``generate`` start on a flowmm cache where the caller passes none."""
     had_own = PREPARE_CACHE in vars(model)
     original = getattr(model, PREPARE_CACHE)
@@ -172,7 +172,7 @@ def compress(
     budget: Budget | None = None,
     method: MethodParameters | str | None = None,
     check: CheckAction | None = None,
-) -> Iterator[Run]:
+) -> Generator[Run]:
     """Compress the KV cache of every prompt that `model` reads inside the block.
 
     The prompt's own attention stays exact; each layer's cache is merged right after it (eq. 5-10), so peak memory is
