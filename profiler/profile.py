@@ -76,7 +76,7 @@ def profile(
             dataset_sha256=dataset_sha256(record.sample_sha256 for record in kept),
             n_samples=len(kept),
             seed=seed,
-            chat_template_sha256=_sha256(model.chat_template),
+            chat_template_sha256=_sha256(_template(model)),
             image_processor_sha256=_sha256(_processor_settings(model)),
             tokens=token_statistics(flows),
         ),
@@ -101,6 +101,11 @@ def _inputs(model: LoadedModel, sample: CalibrationSample) -> dict[str, torch.Te
         return model.build_inputs(sample.messages)
     except InputError as error:
         raise InputError(f"{sample.name}: {error}") from error
+
+
+def _template(model: LoadedModel) -> str | None:
+    template = model.chat_template or model.tokenizer.chat_template
+    return template if template is None or isinstance(template, str) else json.dumps(template, sort_keys=True)
 
 
 def _sha256(text: str | None) -> str | None:

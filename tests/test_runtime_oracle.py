@@ -16,7 +16,7 @@ from flowmm.plans import LayerPlan, MethodParameters, Plan, unprofiled_plan
 
 PROMPT = [[5, -16, 7, -25, 9, -9, 40]]
 BATCH = [[5, -16, 7, -25, 9, -9, 40], [4, -9, 16], [30]]
-GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 8}
+GREEDY: dict[str, Any] = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 8}
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from flowmm.runtime.prompt import PromptLayout, Proxies
 VECTORS = {
     case["id"]: case for case in json.loads((Path(__file__).parent / "vectors" / "methods.json").read_text())["cases"]
 }
-FP32 = {"rtol": 1e-5, "atol": 1e-6}
+FP32: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
 
 
 def vector(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
