@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,15 +47,16 @@ class Recipe:
     """Every knob of the run that made the shipped weights."""
 
     seed: int = 0
-    vision_steps: int = 500
+    vision_steps: int = 600
     vision_images: int = 128
     steps: int = 900
     cooldown: float = 0.3
     questions: int = 20
     second_turns: float = 0.2
-    matrix_lr: float = 0.01
-    vector_lr: float = 2e-3
-    merger_lr: float = 2e-4
+    text_rates: tuple[float, float] = (0.01, 2e-3)
+    """Learning rates of matrices (Muon) and of everything else (AdamW)."""
+    vision_rates: tuple[tuple[float, float], tuple[float, float]] = ((0.005, 2e-3), (0.002, 2e-4))
+    """The same for the vision tower: in its own stage, then in the stage that trains everything."""
     warmup: int = 30
     visual_norm: float = 1.5
     validate_every: int = 100
@@ -78,27 +80,25 @@ class Trainer:
         self.tokenizer = tokenizer
         self.step = 0
         self.tokens = 0
-        matrices, vectors, merger = self._groups()
+        groups = self._groups()
         self.optimisers: list[torch.optim.Optimizer] = [
-            Muon(matrices, recipe.matrix_lr),
+            Muon([{"params": groups["vision matrices"]}, {"params": groups["text matrices"]}], lr=0.0),
             torch.optim.AdamW(
-                [{"params": vectors, "lr": recipe.vector_lr}, {"params": merger, "lr": recipe.vector_lr}],
+                [{"params": groups["vision vectors"]}, {"params": groups["text vectors"]}],
+                lr=0.0,
                 betas=(0.9, 0.95),
                 weight_decay=0.0,
             ),
         ]
-        self._start_rates = [[group["lr"] for group in each.param_groups] for each in self.optimisers]
 
-    def _groups(self) -> tuple[list, list, list]:
-        matrices, vectors, merger = [], [], []
+    def _groups(self) -> dict[str, list[torch.nn.Parameter]]:
+        """Matrices go to Muon; AdamW takes vectors, embeddings and the merger's last layer, which sets visual norms."""
+        groups = defaultdict(list)
         for name, parameter in self.model.named_parameters():
-            if name.endswith(("merger.mlp.2.weight", "merger.mlp.2.bias")):
-                merger.append(parameter)
-            elif parameter.ndim == 2 and "embed_tokens" not in name:
-                matrices.append(parameter)
-            else:
-                vectors.append(parameter)
-        return matrices, vectors, merger
+            special = parameter.ndim != 2 or "embed_tokens" in name or "merger.mlp.2" in name
+            tower = "vision" if ".visual." in name else "text"
+            groups[f"{tower} {'vectors' if special else 'matrices'}"].append(parameter)
+        return groups
 
     def advance(self) -> dict[str, float]:
         """Make one optimiser step of whichever stage the step counter is in; return what to log."""
@@ -114,17 +114,16 @@ class Trainer:
         return {"loss": loss.item(), **logged}
 
     def _set_rates(self, vision: bool) -> None:
-        """Warm up, stay, cool down, per stage; the merger's last layer is slow once its outputs mean something."""
+        """Warm up, stay, cool down, per stage; the vision tower is slow once its outputs mean something."""
         recipe = self.recipe
         total = recipe.vision_steps if vision else recipe.steps
         done = self.step if vision else self.step - recipe.vision_steps
         cooling = (total - done) / (recipe.cooldown * total)
         factor = max(0.01, min((done + 1) / recipe.warmup, cooling, 1.0))
-        for optimiser, starts in zip(self.optimisers, self._start_rates, strict=True):
-            for group, start in zip(optimiser.param_groups, starts, strict=True):
-                group["lr"] = start * factor
-        if not vision:
-            self.optimisers[1].param_groups[1]["lr"] = recipe.merger_lr * factor
+        tower = recipe.vision_rates[0 if vision else 1]
+        for optimiser, rates in zip(self.optimisers, zip(tower, recipe.text_rates, strict=True), strict=True):
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
 
     def _vision_loss(self) -> tuple[torch.Tensor, dict[str, float]]:
         rng = tasks.stream("train", "vision", self.step, self.recipe.seed)

@@ -27,6 +27,9 @@ class MaskedFullCache:
         positions, kept_key, kept_value, kept_bias, prompt = self.layers[layer]
         if key.shape[2] == query.shape[2]:
             return base()
+        assert positions is not None
+        assert kept_key is not None
+        assert kept_value is not None
         key, value = key.clone(), value.clone()
         batch, heads = key.shape[:2]
         bias = torch.full(key.shape[:3], float("-inf"))

@@ -45,17 +45,27 @@ def test_an_image_cannot_be_answered_from_one_of_its_tokens() -> None:
             assert len({item.cell for item in picture.objects}) == len(shapes)
 
 
-def test_the_answer_follows_from_the_scene() -> None:
-    rng = tasks.stream("test", "answers", 0)
-    scene = tasks.draw_scene(rng, "test")
-    facts = {fact.key: fact.value for fact in scene.facts}
-    colours = {(item.shape, p.name): item.colour for p in scene.pictures for item in p.objects}
-    for _ in range(50):
-        question, answer = tasks.QUESTIONS["text_needle"](scene, rng)
-        assert facts[question.removeprefix("what is ").removesuffix("?")] == answer
-        question, answer = tasks.QUESTIONS["colour_needle"](scene, rng)
-        shape, name = question.removeprefix("what colour is the ").removesuffix("?").split(" in image ")
-        assert colours[shape, name] == answer
+def test_answers_follow_from_the_scene_and_are_the_only_ones() -> None:
+    for index in range(20):
+        for task in tasks.TASKS:
+            scene, (question, answer) = tasks.asked_scene(task, "test", index)
+            shown = [(p.name, item) for p in scene.pictures for item in p.objects]
+            possible = {
+                "text_needle": [f.value for f in scene.facts if question == f"what is {f.key}?"],
+                "colour_needle": [
+                    item.colour for name, item in shown if question.endswith(f" {item.shape} in image {name}?")
+                ],
+                "digit_needle": [
+                    str(item.digit) for name, item in shown if item.digit is not None and question.endswith(f" {name}?")
+                ],
+                "find": [name for name, item in shown if question.endswith(f"{item.shape} which is {item.colour}?")],
+            }
+            assert possible[task] == [answer]
+
+
+def test_no_split_sees_the_handwriting_of_another() -> None:
+    seen = {split: {ink.tobytes() for ink in tasks._handwriting(split)[0]} for split in tasks.SPLITS}
+    assert sum(len(inks) for inks in seen.values()) == len(set().union(*seen.values())) == 1797
 
 
 def test_messages_are_one_user_turn_that_ends_with_the_question() -> None:

@@ -15,7 +15,6 @@ from flowmm.pocket.architecture import build_image_processor
 from flowmm.pocket.batches import TOKENS_PER_IMAGE, Packer, patches
 from flowmm.pocket.tokenizer import SPECIAL_TOKENS, build_tokenizer, words
 
-
 # hypothesis runs a test many times over one fixture; a cached function says that this is meant.
 built_once = cache(build_tokenizer)
 
@@ -23,6 +22,10 @@ built_once = cache(build_tokenizer)
 @pytest.fixture
 def tokenizer() -> Qwen2Tokenizer:
     return built_once()
+
+
+def _rendered(tokenizer: Qwen2Tokenizer, messages: list[dict]) -> str:
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def _expanded(tokenizer: Qwen2Tokenizer, text: str) -> list[int]:
@@ -46,17 +49,13 @@ def test_any_text_survives_a_round_trip(text: str) -> None:
 def test_training_rows_are_what_the_chat_template_gives(task: str, tokenizer: Qwen2Tokenizer) -> None:
     packer = Packer(tokenizer)
     for i in range(5):
-        rng = tasks.stream("train", "any", i)
-        scene = tasks.draw_scene(rng, "train", images=6)
-        question, answer = tasks.QUESTIONS[task](scene, rng)
-        asked = tasks.Sample(task, "train", i, scene.content(), question, answer).messages()
-        second = [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
+        scene, (question, answer) = tasks.asked_scene(task, "train", i, images=3)
         ids = packer.context(scene)[0] + list(packer.turn(question, answer, "\n")[0])
-        rendered = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        assert ids == _expanded(tokenizer, rendered + answer + "<|im_end|>")
+        first = tasks.Sample(task, "train", i, scene.content(), question, answer).messages()
+        assert ids == _expanded(tokenizer, _rendered(tokenizer, first) + answer + "<|im_end|>")
         ids += packer.turn(question, answer, "\n<|im_start|>user\n")[0]
-        rendered = tokenizer.apply_chat_template(asked + second, tokenize=False, add_generation_prompt=True)
-        assert ids == _expanded(tokenizer, rendered + answer + "<|im_end|>")
+        second = [*first, {"role": "assistant", "content": answer}, {"role": "user", "content": question}]
+        assert ids == _expanded(tokenizer, _rendered(tokenizer, second) + answer + "<|im_end|>")
 
 
 def test_training_pixels_are_what_the_image_processor_gives() -> None:
@@ -69,8 +68,8 @@ def test_training_pixels_are_what_the_image_processor_gives() -> None:
 
 def test_prompts_have_the_promised_length_and_visual_share(tokenizer: Qwen2Tokenizer) -> None:
     for sample in tasks.samples("test", 60):
-        rendered = tokenizer.apply_chat_template(sample.messages(), tokenize=False, add_generation_prompt=True)
-        length, visual = len(_expanded(tokenizer, rendered)), TOKENS_PER_IMAGE * len(sample.images)
+        length = len(_expanded(tokenizer, _rendered(tokenizer, sample.messages())))
+        visual = TOKENS_PER_IMAGE * len(sample.images)
         assert 200 <= length <= 600
         assert 0.5 <= visual / length <= 0.9
         assert 2 <= len(tokenizer.encode(sample.answer + "<|im_end|>")) <= 4

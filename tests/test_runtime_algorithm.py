@@ -16,7 +16,7 @@ from flowmm.runtime.budgets import entry_budget, layer_entries
 from flowmm.runtime.compression import compress_layer, forced_entries
 from flowmm.runtime.importance import proxy_importance, rows_attention
 from flowmm.runtime.matching import NO_TARGET, assign, nearest_pivot, tau_threshold, unit_rows
-from flowmm.runtime.merging import OPERATORS, gather_group, merge
+from flowmm.runtime.merging import OPERATORS, Weights, gather_group, merge
 from flowmm.runtime.pivots import complement, select_pivots
 from flowmm.runtime.prompt import PromptLayout, find_proxies
 
@@ -152,7 +152,7 @@ def a_group(seed: int, members: int, alike: bool = False) -> tuple[torch.Tensor,
 
 def merged_group(
     operator: str, key: torch.Tensor, value: torch.Tensor, importance: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor, torch.Tensor, Weights]:
     length = key.shape[2]
     valid = torch.ones(1, length, dtype=torch.bool)
     pivots = select_pivots(torch.arange(length, 0, -1.0)[None, None], ~valid, valid, torch.tensor([1]), 1)
