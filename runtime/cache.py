@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer
 
 from flowmm.errors import FlowmmError, InputError
@@ -66,7 +67,7 @@ class FlowLayer(DynamicLayer):
         new = key_states.shape[-2]
         self.seen += new
         if self.bias is not None:
-            self.bias = torch.nn.functional.pad(self.bias, (0, new))
+            self.bias = pad(self.bias, (0, new))
         return super().update(key_states, value_states, *args, **kwargs)
 
     def replace_prompt(self, compressed: CompressedLayer) -> None:
@@ -74,6 +75,25 @@ class FlowLayer(DynamicLayer):
         self.keys, self.values = compressed.entries.keys, compressed.entries.values
         self.bias, self.positions = compressed.entries.bias, compressed.positions
         self.prompt_length = self.seen
+
+    def replace_by_rows(self, layers: Sequence[FlowLayer]) -> None:
+        """Hold the rows of several layers that saw equally many tokens; the shorter get empty slots at their end."""
+        width = max(layer.kept for layer in layers)
+        keys, values, biases = zip(*(layer._widened(width) for layer in layers), strict=True)
+        self.lazy_initialization(keys[0], values[0])
+        self.keys, self.values = torch.cat(keys), torch.cat(values)
+        if any(layer.bias is not None or layer.kept < width for layer in layers):
+            self.bias = torch.cat(biases)
+        self.seen, self.prompt_length = layers[0].seen, layers[0].prompt_length
+
+    def _widened(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and bias with empty slots up to `width`."""
+        keys, values = self.keys, self.values
+        if keys is None or values is None:
+            raise FlowmmError("a layer that has seen no prompt has no rows")
+        bias = torch.zeros(keys.shape[:3], device=keys.device) if self.bias is None else self.bias
+        gap = width - keys.shape[-2]
+        return pad(keys, (0, 0, 0, gap)), pad(values, (0, 0, 0, gap)), pad(bias, (0, gap), value=float("-inf"))
 
     @property
     def kept(self) -> int:
@@ -187,6 +207,45 @@ class FlowCache(Cache):
         self.settings = settings
         self._prompt: Prompt | None = None
         self._in_forward = False
+
+    @classmethod
+    def from_states(
+        cls,
+        settings: CompressionSettings,
+        layout: PromptLayout,
+        states: Sequence[tuple[Tensor, Tensor, Tensor]],
+        scaling: float,
+    ) -> Self:
+        """The cache that a prefill with these states would have left behind, without running the model.
+
+        Args:
+            settings: of the run.
+            layout: modality, padding, lengths of the prompt.
+            states: query ``[B, Hq, L, D]``, key and value ``[B, Hkv, L, D]`` of each layer, after RoPE.
+            scaling: softmax scale.
+
+        Raises:
+            InputError: a row holds nothing but padding.
+        """
+        cache = cls(settings)
+        cache._prompt = Prompt.of(layout, settings)
+        for layer, (query, key, value) in enumerate(states):
+            cache.states[layer].update(key, value)
+            cache._compress(layer, cache._prompt, query, key, value, scaling)
+        return cache
+
+    @classmethod
+    def stack(cls, caches: Sequence[FlowCache]) -> FlowCache:
+        """One batch made of the rows of several caches, to decode them together; it has no record of its own.
+
+        Every cache must have seen equally many tokens of one and the same prompt.
+        """
+        stacked = cls(caches[0].settings)
+        for layer, rows in zip(stacked.states, zip(*(cache.states for cache in caches), strict=True), strict=True):
+            layer.replace_by_rows(rows)
+        prompt = caches[0]._prompt
+        stacked._prompt = None if prompt is None else replace(prompt, whole=False)
+        return stacked
 
     @property
     def record(self) -> PrefillRecord | None:
