@@ -6,6 +6,8 @@ equation it settles. A plan stores these parameters, so a run is described compl
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import isfinite
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -28,8 +30,8 @@ MERGE_OPERATORS = (
 )
 
 
-def parse_rule(rule: str, known: dict[str, bool]) -> tuple[str, float | None]:
-    """Split ``name`` or ``name:number``; `known` says for each name whether it takes a number.
+def parse_rule(rule: str, known: Mapping[str, bool | None]) -> tuple[str, float | None]:
+    """Split ``name`` or ``name:number``; `known` says for each name whether it takes a number (``None``: may take one).
 
     Raises:
         ValueError: unknown name, missing or unwanted number (pydantic turns it into a field error).
@@ -37,13 +39,41 @@ def parse_rule(rule: str, known: dict[str, bool]) -> tuple[str, float | None]:
     name, colon, number = rule.partition(":")
     if name not in known:
         raise ValueError(f"{rule!r}: expected one of {', '.join(sorted(known))}")
-    if known[name] != bool(colon):
+    if known[name] not in (None, bool(colon)):
         raise ValueError(f"{rule!r}: write {name + ':<number>' if known[name] else name}")
-    return name, float(number) if colon else None
+    if not colon:
+        return name, None
+    if not isfinite(value := float(number)):
+        raise ValueError(f"{rule!r}: expected a finite number")
+    return name, value
 
 
 TAU_RULES = {"abs": True, "mean_mult": True, "pivot_quantile": True, "mass": True, "none": False}
 PROXY_RULES = {"last": True, "last_text": True}
+SELECTORS = {
+    "proxy": False,
+    "proxy_pool": True,
+    "column_mean": None,
+    "kcenter": None,
+    "novelty": None,
+    "random": None,
+    "uniform": False,
+}
+MASS_RULES = {"proxy": False, "column_mean": None}
+# These compare keys whose rotation by position has been undone.
+UNROTATED_SELECTORS = ("kcenter", "novelty")
+
+
+def parse_selector(selector: str) -> tuple[tuple[str, float | None], ...]:
+    """Parts of a selector: one rule, or two joined by ``+`` that share the free entries half and half.
+
+    Raises:
+        ValueError: an unknown part, or more than two.
+    """
+    parts = selector.split("+")
+    if len(parts) > 2:
+        raise ValueError(f"{selector!r}: at most two selectors can share the budget")
+    return tuple(parse_rule(part, SELECTORS) for part in parts)
 
 
 class MethodParameters(BaseModel):
@@ -64,6 +94,17 @@ class MethodParameters(BaseModel):
         "any", description="a cross layer merges into pivots of any modality, or of the other one only"
     )
 
+    selector: str = Field(
+        "proxy",
+        description="what ranks entries: proxy (eq. 8) | proxy_pool:kernel | column_mean[:rows] | kcenter[:picks] | "
+        "novelty[:window] | random[:seed] | uniform, or two of them as a+b, half and half",
+    )
+    image_quota: float = Field(
+        0.0, ge=0, le=1, description="share of an image's proportional part of the free entries that it is sure to get"
+    )
+    modality_floor: float = Field(
+        0.0, ge=0, le=0.5, description="share of the free entries that each present modality is sure to get"
+    )
     proxies: str = Field("last_text:32", description="rows that give importance (eq. 8): last:n | last_text:n")
     keep_proxies: bool = Field(True, description="proxies are kept, inside the budget")
     n_sink: int = Field(4, ge=0, description="first entries kept inside the budget; they never absorb")
@@ -79,6 +120,11 @@ class MethodParameters(BaseModel):
     )
     min_sim: float = Field(-1.0, ge=-1, le=1, description="cosine below which an entry is evicted, not merged")
     merge: str = Field("keep_mass", description="merge operator (eq. 5)")
+    mass: str = Field("proxy", description="masses of the mass operators: proxy (eq. 8) | column_mean[:rows]")
+    key_space: Literal["post_rope", "match_pre_rope", "pre_rope"] = Field(
+        "post_rope",
+        description="keys are compared and merged as cached; compared, or also merged, with rotation undone",
+    )
 
     @field_validator("tau")
     @classmethod
@@ -94,12 +140,30 @@ class MethodParameters(BaseModel):
             raise ValueError(f"{rule!r}: the number of proxies is a whole number of at least 1")
         return rule
 
+    @field_validator("selector")
+    @classmethod
+    def _selector(cls, selector: str) -> str:
+        parse_selector(selector)
+        return selector
+
+    @field_validator("mass")
+    @classmethod
+    def _mass_rule(cls, rule: str) -> str:
+        parse_rule(rule, MASS_RULES)
+        return rule
+
     @field_validator("merge")
     @classmethod
     def _merge_operator(cls, name: str) -> str:
         if name not in MERGE_OPERATORS:
             raise ValueError(f"{name!r}: expected one of {', '.join(MERGE_OPERATORS)}")
         return name
+
+    @property
+    def needs_rotary(self) -> bool:
+        """Whether keys must be rotated back, so that the prompt's rotary embedding is needed."""
+        names = {name for name, _ in parse_selector(self.selector)}
+        return self.key_space != "post_rope" or not names.isdisjoint(UNROTATED_SELECTORS)
 
     @classmethod
     def from_preset(cls, preset: str, **changes: object) -> Self:

@@ -79,13 +79,18 @@ for _base in BASES:
 
 
 @contextmanager
-def attached(model: Any, pick_flow: Callable[[dict[str, Any]], Flow | None]) -> Generator[None]:
+def attached(
+    model: Any,
+    pick_flow: Callable[[dict[str, Any]], Flow | None],
+    see_rotary: Callable[[Tensor, Tensor], None] | None = None,
+) -> Generator[None]:
     """Route the text layers of `model` through a flow for the duration of the block.
 
     Args:
         model: a transformers vision-language model.
         pick_flow: given the keyword arguments of a forward call of `model`, the flow that sees its layers, or ``None``
-            to leave that call alone.
+            to leave that call alone. Of nested blocks the innermost is asked first.
+        see_rotary: called with cosine and sine of every forward call, before its first layer.
 
     Raises:
         UnsupportedModelError: the text layers use an attention implementation other than sdpa or eager.
@@ -100,16 +105,31 @@ def attached(model: Any, pick_flow: Callable[[dict[str, Any]], Flow | None]) -> 
         )
 
     def add_flow(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        flow = pick_flow(kwargs)
+        flow = None if FLOW in kwargs else pick_flow(kwargs)
         return args, (kwargs if flow is None else kwargs | {FLOW: flow})
 
-    handle = model.register_forward_pre_hook(add_flow, with_kwargs=True)
+    handles = [model.register_forward_pre_hook(add_flow, with_kwargs=True, prepend=True)]
+    if see_rotary is not None:
+        embedding = _rotary_embedding(model, text_config)
+        handles.append(embedding.register_forward_hook(lambda _module, _args, angles: see_rotary(*angles)))
     try:
         _set_text_attention(model, f"flowmm_{base}")
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         _set_text_attention(model, before)
+
+
+def _rotary_embedding(model: nn.Module, text_config: Any) -> nn.Module:
+    """The module that turns positions of the text layers into cosine and sine."""
+    for name, module in model.named_modules():
+        if name.endswith("rotary_emb") and getattr(module, "config", None) is text_config:
+            return module
+    raise UnsupportedModelError(
+        f"{type(model).__name__} has no rotary embedding for its text layers, which this method's selector or key "
+        "space needs; choose selector='proxy' and key_space='post_rope'"
+    )
 
 
 def _set_text_attention(model: Any, implementation: str) -> None:

@@ -20,6 +20,7 @@ from flowmm.runtime.flow import sample_rows, sampled_rho
 from flowmm.runtime.online import OnlineCheck
 from flowmm.runtime.prompt import PromptLayout, Proxies, find_proxies
 from flowmm.runtime.report import LayerRecord, PrefillRecord
+from flowmm.runtime.rotary import Rotary
 
 Base = Callable[[], tuple[Tensor, Tensor | None]]
 
@@ -206,6 +207,7 @@ class FlowCache(Cache):
         super().__init__(layers=[*self.states])
         self.settings = settings
         self._prompt: Prompt | None = None
+        self._rotary: Rotary | None = None
         self._in_forward = False
 
     @classmethod
@@ -215,6 +217,7 @@ class FlowCache(Cache):
         layout: PromptLayout,
         states: Sequence[tuple[Tensor, Tensor, Tensor]],
         scaling: float,
+        rotary: Rotary | None = None,
     ) -> Self:
         """The cache that a prefill with these states would have left behind, without running the model.
 
@@ -223,15 +226,17 @@ class FlowCache(Cache):
             layout: modality, padding, lengths of the prompt.
             states: query ``[B, Hq, L, D]``, key and value ``[B, Hkv, L, D]`` of each layer, after RoPE.
             scaling: softmax scale.
+            rotary: of the prompt, where ``settings.method.needs_rotary``.
 
         Raises:
             InputError: a row holds nothing but padding.
         """
         cache = cls(settings)
-        cache._prompt = Prompt.of(layout, settings)
+        cache._prompt, cache._rotary = Prompt.of(layout, settings), rotary
         for layer, (query, key, value) in enumerate(states):
             cache.states[layer].update(key, value)
             cache._compress(layer, cache._prompt, query, key, value, scaling)
+        cache._rotary = None
         return cache
 
     @classmethod
@@ -259,7 +264,7 @@ class FlowCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        self._prompt, self._in_forward = None, False
+        self._prompt, self._rotary, self._in_forward = None, None, False
 
     def begin_forward(self, visual: Tensor, valid: Tensor) -> None:
         """Take note of the tokens about to be fed.
@@ -279,6 +284,10 @@ class FlowCache(Cache):
                 "the new tokens of this turn contain padding; continue rows of different length one by one"
             )
 
+    def see_rotary(self, cos: Tensor, sin: Tensor, sections: list[int]) -> None:
+        """Take note of the rotary embedding of the tokens about to be fed, see :meth:`Rotary.from_host`."""
+        self._rotary = Rotary.from_host(cos, sin, sections)
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -297,17 +306,23 @@ class FlowCache(Cache):
         if prompt is None:
             raise FlowmmError("attention ran before the cache saw the prompt; call the top model, not an inner module")
         last = layer == len(self.states) - 1
-        self._in_forward = not last
         if states.seen == query.shape[2]:
             output = base()
             self._compress(layer, prompt, query, key, value, scaling)
+            if last:
+                self._end_forward()
             if last and self.settings.check is not None:
                 prompt.record.findings.extend(self.settings.check.compare(prompt.record.layers))
                 self.settings.check.act(prompt.record.findings)
             return output
+        if last:
+            self._end_forward()
         if prompt.whole:
             return base()
         return attend_compressed(query, key, value, states.bias, scaling), None
+
+    def _end_forward(self) -> None:
+        self._in_forward, self._rotary = False, None
 
     @torch.no_grad()
     def _compress(self, layer: int, prompt: Prompt, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
@@ -321,7 +336,9 @@ class FlowCache(Cache):
             cross = settings.check.adapt(cross, rho, layer, method)
         bytes_before, compressed = states.nbytes, None
         if not prompt.whole:
-            compressed = compress_layer(query, key, value, layout, prompt.proxies, counts, cross, method, scaling)
+            compressed = compress_layer(
+                query, key, value, layout, prompt.proxies, counts, cross, method, scaling, self._rotary, layer
+            )
             states.replace_prompt(compressed)
         record = LayerRecord.of(layer, mode, cross, rho, counts, key.shape[1], compressed)
         prompt.record.layers.append(record.with_bytes(bytes_before, states.nbytes))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from flowmm.plans import MethodParameters, Mode
+from flowmm.plans.method import MASS_RULES, parse_rule
 from flowmm.runtime.importance import proxy_importance
 from flowmm.runtime.matching import Assignment, assign, tau_threshold
 from flowmm.runtime.merging import MergedEntries, merge
-from flowmm.runtime.pivots import complement, select_pivots
+from flowmm.runtime.pivots import Pivots, complement, select_pivots
 from flowmm.runtime.prompt import PromptLayout, Proxies
+from flowmm.runtime.rotary import Rotary
+from flowmm.runtime.selection import LayerView, column_mean_score, selection_scores
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ def compress_layer(
     cross: Tensor,
     method: MethodParameters,
     scaling: float,
+    rotary: Rotary | None = None,
+    layer: int = 0,
 ) -> CompressedLayer:
     """Compress the prompt's entries of one layer (eq. 5 and 8-10).
 
@@ -93,21 +98,65 @@ def compress_layer(
         cross: ``[B]`` bool, see :func:`cross_rows`.
         method: all options.
         scaling: softmax scale.
+        rotary: needed when ``method.needs_rotary``.
+        layer: index, for random pivots.
     """
-    device = key.device
-    kept = torch.tensor(counts, device=device)
+    kept = torch.tensor(counts, device=key.device)
     importance = proxy_importance(query, key, proxies, layout.valid, scaling, method.gqa_reduce)
     forced = forced_entries(layout, proxies, kept, method)
-    pivots = select_pivots(importance, forced, layout.valid, kept, max(counts))
-    leaving = max(length - count for length, count in zip(layout.lengths, counts, strict=True))
-    evicted = complement(pivots, layout.valid, leaving)
-    at_pivots = importance.gather(2, pivots.index)
-    free = pivots.filled & ~forced[:, None].expand_as(importance).gather(2, pivots.index)
-    lengths, used_proxies = layout.valid.sum(-1), proxies.used.sum(-1)
-    tau = tau_threshold(method.tau, at_pivots, free, lengths, used_proxies)
-    assignment = assign(key, layout.visual, importance, pivots, evicted, forced, cross, tau, method)
-    entries = merge(method.merge, key, value, importance, assignment)
+    view = LayerView(
+        query=query,
+        key=key,
+        rotary=rotary,
+        importance=importance,
+        layout=layout,
+        forced=forced[:, None].expand_as(importance),
+        forced_slots=min(max(counts), method.n_sink + proxies.index.shape[1]),
+        free=kept - forced.sum(-1),
+        slots=max(counts),
+        layer=layer,
+        scaling=scaling,
+        reduce=method.gqa_reduce,
+    )
+    pivots = select_pivots(selection_scores(view, method), forced, layout.valid, kept, max(counts))
+    assignment = _assign(view, pivots, forced, counts, cross, proxies, method)
+    entries = _merge(view, value, assignment, method)
     if min(counts) < max(counts):
-        bias = torch.zeros(pivots.index.shape, device=device) if entries.bias is None else entries.bias
-        entries = MergedEntries(entries.keys, entries.values, bias.masked_fill(~pivots.filled, float("-inf")))
+        bias = torch.zeros(pivots.index.shape, device=key.device) if entries.bias is None else entries.bias
+        entries = replace(entries, bias=bias.masked_fill(~pivots.filled, float("-inf")))
     return CompressedLayer(entries, assignment, pivots.index)
+
+
+def _assign(
+    view: LayerView,
+    pivots: Pivots,
+    forced: Tensor,
+    counts: tuple[int, ...],
+    cross: Tensor,
+    proxies: Proxies,
+    method: MethodParameters,
+) -> Assignment:
+    layout, at_pivots = view.layout, view.importance.gather(2, pivots.index)
+    leaving = max(length - count for length, count in zip(layout.lengths, counts, strict=True))
+    free = pivots.filled & ~view.forced.gather(2, pivots.index)
+    tau = tau_threshold(method.tau, at_pivots, free, layout.valid.sum(-1), proxies.used.sum(-1))
+    compared = view.key if method.key_space == "post_rope" else view.content
+    evicted = complement(pivots, layout.valid, leaving)
+    return assign(compared, layout.visual, view.importance, pivots, evicted, forced, cross, tau, method)
+
+
+def _merge(view: LayerView, value: Tensor, assignment: Assignment, method: MethodParameters) -> MergedEntries:
+    """Merge keys as cached, or in content space with each merged key turned to its pivot's position."""
+    masses = view.importance
+    name, rows = parse_rule(method.mass, MASS_RULES)
+    if name == "column_mean":
+        masses = column_mean_score(view, rows)
+    if method.key_space != "pre_rope" or view.rotary is None:
+        return merge(method.merge, view.key, value, masses, assignment)
+    entries = merge(method.merge, view.content, value, masses, assignment)
+    index = assignment.pivots.index
+    turned = view.rotary.redo(entries.keys, index).to(view.key.dtype)
+    # Undoing and redoing a rotation rounds; a pivot that absorbed nothing keeps its key bit for bit.
+    cached = view.key.gather(2, index[..., None].expand_as(turned))
+    absorbed = assignment.sizes > 0
+    return replace(entries, keys=torch.where(absorbed[..., None], turned, cached))

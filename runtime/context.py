@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ class Run:
         self.settings = settings
         self._config = model.config
         self._latest: FlowCache | None = None
+        # Hooks of two blocks on one model fire in every thread; each thread remembers whose call is under way.
+        self._thread = threading.local()
 
     def new_cache(self) -> FlowCache:
         """A cache for one prompt (or batch), to pass as ``past_key_values=`` to ``generate`` or to a forward call.
@@ -70,9 +73,12 @@ class Run:
             raise FlowmmError("the latest prefill did not reach the last layer, so there is nothing to report")
         return build_report(record)
 
-    def _flow_of(self, kwargs: dict[str, Any]) -> FlowCache:
-        """The cache a forward call will fill; made here for a call without one."""
+    def _flow_of(self, kwargs: dict[str, Any]) -> FlowCache | None:
+        """The cache a forward call will fill, made here for a call without one; ``None``: another block's call."""
+        self._thread.cache = None
         cache = kwargs.get("past_key_values")
+        if isinstance(cache, FlowCache) and cache.settings is not self.settings:
+            return None
         if cache is None and kwargs.get("use_cache") is not False:
             cache = kwargs["past_key_values"] = self.new_cache()
         if not isinstance(cache, FlowCache):
@@ -92,8 +98,14 @@ class Run:
         else:
             raise InputError("compress(...) needs the 2-D padding mask [batch, tokens] (or none), not a prepared one")
         cache.begin_forward(visual_mask(self._config, ids), valid.to(ids.device))
-        self._latest = cache
+        self._latest = self._thread.cache = cache
         return cache
+
+    def _see_rotary(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        cache = getattr(self._thread, "cache", None)
+        if cache is not None:
+            rope = text_config(self._config).rope_parameters
+            cache.see_rotary(cos, sin, rope.get("mrope_section", []))
 
 
 def _refuse_unsupported_generation(generation_config: Any, mode: Any) -> None:
@@ -209,5 +221,6 @@ def compress(
             stacklevel=3,
         )
     run = Run(model, plan, _settings(plan, chosen, asked, check))
-    with attached(model, run._flow_of), _default_cache(model, run):
+    see_rotary = run._see_rotary if chosen.needs_rotary else None
+    with attached(model, run._flow_of, see_rotary), _default_cache(model, run):
         yield run

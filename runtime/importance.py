@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flowmm.runtime.prompt import Proxies
+from flowmm.runtime.prompt import PromptLayout, Proxies
 
 GqaReduce = Literal["mean", "max", "sum"]
 
@@ -58,3 +58,40 @@ def proxy_importance(
     attention = rows_attention(query, key, proxies.index, valid, scaling)
     counted = torch.where(proxies.used[:, None, None, :, None], attention, 0.0).sum(3)
     return torch.where(valid[:, None, :], reduce_group(counted, reduce), 0.0)
+
+
+def column_mean(
+    query: Tensor,
+    key: Tensor,
+    layout: PromptLayout,
+    scaling: float,
+    reduce: GqaReduce = "mean",
+    rows: int | None = None,
+    block: int = 32,
+) -> Tensor:
+    """Mean attention that each entry receives from the rows that can see it, in blocks of rows.
+
+    Args:
+        query: ``[B, Hq, L, D]``; key: ``[B, Hkv, L, D]``.
+        rows: use this many evenly spaced rows, the last one included; ``None``: all.
+        block: rows at a time; memory is ``O(B * Hq * block * L)``.
+
+    Returns:
+        ``[B, Hkv, L]`` fp32, 0 on padding.
+    """
+    batch, heads, length = *key.shape[:2], key.shape[2]
+    # Spread over each row's own tokens, so that padding changes nothing.
+    own = layout.valid.sum(-1, keepdim=True)
+    used = own.clamp(max=length if rows is None else rows)
+    turn = torch.arange(1, min(length, rows or length) + 1, device=key.device)[None]
+    counted_rows = turn <= used
+    index = (turn * own).div(used, rounding_mode="floor").clamp(max=own) - 1 + length - own
+    total = torch.zeros(batch, heads, length, device=key.device)
+    seen = torch.zeros(batch, length, device=key.device)
+    columns = torch.arange(length, device=key.device)
+    for part, counted in zip(index.split(block, 1), counted_rows.split(block, 1), strict=True):
+        attention = rows_attention(query, key, part, layout.valid, scaling)
+        kept = torch.where(counted[:, None, None, :, None], attention, 0.0).sum(3)
+        total += reduce_group(kept, reduce)
+        seen += ((columns <= part[..., None]) & counted[..., None]).sum(1)
+    return torch.where(layout.valid[:, None], total / seen.clamp(min=1)[:, None], 0.0)

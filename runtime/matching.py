@@ -39,6 +39,12 @@ class Assignment:
         """``[B, Hkv, E]`` bool."""
         return self.target != NO_TARGET
 
+    @property
+    def sizes(self) -> Tensor:
+        """``[B, Hkv, N]`` long: entries that each pivot absorbs."""
+        sizes = torch.zeros_like(self.pivots.index)
+        return sizes.scatter_add_(2, self.target.clamp(min=0), self.merged.long())
+
 
 def tau_threshold(rule: str, importance: Tensor, free: Tensor, lengths: Tensor, n_proxies: Tensor) -> Tensor:
     """Sensitivity threshold per row and KV head; a pivot absorbs only if its importance is at most tau (eq. 10).

@@ -43,9 +43,7 @@ class LayerRecord:
         if compressed is not None:
             assignment = compressed.assignment
             merged, protected = assignment.merged.sum(), assignment.protected.sum()
-            sizes = assignment.pivots.index.new_zeros(assignment.pivots.index.shape)
-            sizes.scatter_add_(2, assignment.target.clamp(min=0), assignment.merged.long())
-            largest = sizes.max()
+            largest = assignment.sizes.max()
         return cls(index, planned, cross, rho, counts, kv_heads, merged, protected, largest)
 
     def with_bytes(self, before: int, after: int) -> Self:

@@ -1,0 +1,45 @@
+"""Rotary position embedding undone and redone, so that keys can be compared by content instead of by place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Cosine and sine of every prompt token, ``[B, L, D]`` (M-RoPE sections already put together)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def from_host(cls, cos: Tensor, sin: Tensor, sections: list[int]) -> Rotary:
+        """Accept ``[B, L, D]``, or the ``[3, B, L, D]`` that some transformers versions keep per position axis."""
+        if cos.ndim == 4:
+            widths = [*sections, *sections]
+            cos, sin = (
+                torch.cat([part[axis % 3] for axis, part in enumerate(angle.split(widths, dim=-1))], dim=-1)
+                for angle in (cos, sin)
+            )
+        return cls(cos, sin)
+
+    def undo(self, keys: Tensor) -> Tensor:
+        """``[B, H, L, D]`` rotated keys to fp32 keys without position."""
+        return _turn(keys.float(), self.cos[:, None].float(), -self.sin[:, None].float())
+
+    def redo(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """Rotate ``[B, H, N, D]`` to the columns `positions` ``[B, H, N]``; fp32."""
+        index = positions[..., None].expand(*positions.shape, self.cos.shape[-1])
+        cos, sin = (
+            angle[:, None].expand(-1, positions.shape[1], -1, -1).gather(2, index).float()
+            for angle in (self.cos, self.sin)
+        )
+        return _turn(keys.float(), cos, sin)
+
+
+def _turn(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = keys.chunk(2, dim=-1)
+    return keys * cos + torch.cat([-second, first], dim=-1) * sin

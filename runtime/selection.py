@@ -1,0 +1,222 @@
+"""Pivot selectors: rules that rank the entries of a layer. Higher is kept first; ties go to the smaller position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool1d
+
+from flowmm.plans.method import MethodParameters, parse_selector
+from flowmm.runtime.importance import GqaReduce, column_mean
+from flowmm.runtime.prompt import PromptLayout
+from flowmm.runtime.rotary import Rotary
+
+DEFAULT_PICKS = 8
+DEFAULT_WINDOW = 64
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What a selector may look at.
+
+    Attributes:
+        query: ``[B, Hq, L, D]``; key: ``[B, Hkv, L, D]``, both after RoPE.
+        rotary: of the prompt; needed by selectors that compare content.
+        importance: ``[B, Hkv, L]`` fp32, eq. 8.
+        layout: modality and padding.
+        forced: ``[B, Hkv, L]`` bool, entries kept in any case; at most `forced_slots` per head.
+        free: ``[B]`` long, entries left to choose.
+        slots: largest number of entries kept in any row, on the host.
+        layer: index, for seeds.
+        scaling: softmax scale.
+        reduce: query heads to KV head.
+    """
+
+    query: Tensor
+    key: Tensor
+    rotary: Rotary | None
+    importance: Tensor
+    layout: PromptLayout
+    forced: Tensor
+    free: Tensor
+    forced_slots: int
+    slots: int
+    layer: int
+    scaling: float
+    reduce: GqaReduce
+
+    @property
+    def content(self) -> Tensor:
+        """``[B, Hkv, L, D]`` fp32 keys with rotation undone."""
+        if self.rotary is None:
+            raise ValueError("this selector compares unrotated keys and needs the prompt's rotary embedding")
+        return self.rotary.undo(self.key)
+
+    @property
+    def open(self) -> Tensor:
+        """``[B, Hkv, L]`` bool: valid and not forced."""
+        return self.layout.valid[:, None] & ~self.forced
+
+
+def proxy(view: LayerView, _: float | None) -> Tensor:
+    """Attention received from the proxy rows (eq. 8)."""
+    return view.importance
+
+
+def proxy_pool(view: LayerView, kernel: float | None) -> Tensor:
+    """:func:`proxy` averaged over `kernel` neighbouring positions (SnapKV)."""
+    width = int(kernel or 5) | 1
+    return avg_pool1d(view.importance, width, stride=1, padding=width // 2)
+
+
+def column_mean_score(view: LayerView, rows: float | None) -> Tensor:
+    """Mean attention received from the prompt rows that can see the entry; `rows` of them, or all."""
+    return column_mean(
+        view.query, view.key, view.layout, view.scaling, view.reduce, None if rows is None else int(rows)
+    )
+
+
+def kcenter(view: LayerView, picks: float | None) -> Tensor:
+    """Greedy k-center on content: the entries farthest from everything kept so far, `picks` at a time.
+
+    Scores are minus the order of the pick; an entry that was never picked has -inf.
+    """
+    content, batch = view.content, min(int(picks or DEFAULT_PICKS), view.key.shape[2])
+    blocked = ~view.open
+    forced = view.forced.long().sort(dim=-1, descending=True, stable=True).indices[..., : view.forced_slots]
+    distance = torch.full(content.shape[:3], float("inf"), device=content.device)
+    for centers in forced.split(batch, dim=2):
+        gap = _squared_distance(content, _rows(content, centers))
+        distance = torch.minimum(
+            distance, gap.masked_fill(~view.forced.gather(2, centers)[:, :, None], float("inf")).amin(-1)
+        )
+    score = torch.full_like(distance, float("-inf"))
+    for step in range(0, view.slots, batch):
+        chosen = distance.masked_fill(blocked, -1.0).topk(batch, dim=-1)
+        order = -(step + torch.arange(batch, device=content.device, dtype=torch.float32)).expand_as(chosen.values)
+        order = order.masked_fill(chosen.values < 0, float("-inf"))
+        score = score.scatter_reduce(2, chosen.indices, order, reduce="amax", include_self=True)
+        blocked = blocked.scatter(2, chosen.indices, True)
+        distance = torch.minimum(distance, _squared_distance(content, _rows(content, chosen.indices)).amin(-1))
+    return score
+
+
+def _rows(content: Tensor, index: Tensor) -> Tensor:
+    return content.gather(2, index[..., None].expand(*index.shape, content.shape[-1]))
+
+
+def _squared_distance(left: Tensor, right: Tensor) -> Tensor:
+    """``[B, H, M, D]`` and ``[B, H, N, D]`` to ``[B, H, M, N]``."""
+    norms = left.square().sum(-1)[..., None] + right.square().sum(-1)[:, :, None]
+    return (norms - 2 * left @ right.transpose(-1, -2)).clamp(min=0)
+
+
+def novelty(view: LayerView, window: float | None) -> Tensor:
+    """Distance of an entry's content to the nearest of the `window` entries before it: k-center without the loop."""
+    content, reach = view.content, int(window or DEFAULT_WINDOW)
+    length = content.shape[2]
+    valid = view.layout.valid[:, None]
+    scores = []
+    for start in range(0, length, reach):
+        rows = content[:, :, start : start + reach]
+        before = max(0, start - reach)
+        columns = content[:, :, before : start + rows.shape[2]]
+        row = torch.arange(start, start + rows.shape[2], device=content.device)[:, None]
+        column = torch.arange(before, start + rows.shape[2], device=content.device)
+        seen = (column < row) & (column >= row - reach) & valid[..., None, before : start + rows.shape[2]]
+        scores.append(_squared_distance(rows, columns).masked_fill(~seen, float("inf")).amin(-1))
+    return torch.cat(scores, dim=2)
+
+
+def random(view: LayerView, seed: float | None) -> Tensor:
+    """Uniform random scores, keyed by (seed, layer, head, token); independent of padding and batch."""
+    heads, length = view.key.shape[1:3]
+    generator = torch.Generator().manual_seed(int(seed or 0) * 1_000_003 + view.layer)
+    scores = torch.rand(length, heads, generator=generator).T.to(view.key.device)
+    rank = view.layout.rank.clamp(min=0)[:, None].expand(-1, heads, -1)
+    return scores.expand(len(rank), -1, -1).gather(2, rank)
+
+
+def uniform(view: LayerView, _: float | None) -> Tensor:
+    """Evenly spaced entries among those not forced."""
+    place = view.open.long().cumsum(-1)
+    total, free = place[..., -1:].clamp(min=1), view.free[:, None, None]
+    chosen = (place * free // total) > ((place - 1) * free // total)
+    return (chosen & view.open).float()
+
+
+SELECTORS: dict[str, Callable[[LayerView, float | None], Tensor]] = {
+    "proxy": proxy,
+    "proxy_pool": proxy_pool,
+    "column_mean": column_mean_score,
+    "kcenter": kcenter,
+    "novelty": novelty,
+    "random": random,
+    "uniform": uniform,
+}
+
+
+def selection_scores(view: LayerView, method: MethodParameters) -> Tensor:
+    """``[B, Hkv, L]`` fp32 scores of the method's selector, with its quotas.
+
+    Two selectors ``a+b``: the best half of the free entries by ``a``, then the rest by ``b``, which sees a's picks as
+    kept.
+    """
+    parts = parse_selector(method.selector)
+    name, number = parts[0]
+    scores = SELECTORS[name](view, number)
+    if len(parts) == 2:
+        scores = _half_and_half(view, scores, *parts[1])
+    if method.image_quota > 0:
+        scores = _guarantee(view, scores, image_ids(view.layout), method.image_quota, proportional=True)
+    if method.modality_floor > 0:
+        scores = _guarantee(view, scores, view.layout.visual.long(), method.modality_floor, proportional=False)
+    return scores
+
+
+def _ranks(scores: Tensor, among: Tensor) -> Tensor:
+    """``[B, Hkv, L]``: 0 for the best entry of `among` (same shape, bool), and so on; ties by position."""
+    order = scores.masked_fill(~among, float("-inf")).sort(dim=-1, descending=True, stable=True).indices
+    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(2, order, places)
+
+
+def _half_and_half(view: LayerView, first: Tensor, name: str, number: float | None) -> Tensor:
+    chosen = (_ranks(first, view.open) < (view.free // 2)[:, None, None]) & view.open
+    half = view.slots // 2
+    rest = replace(
+        view, forced=view.forced | chosen, forced_slots=view.forced_slots + half, free=view.free - view.free // 2
+    )
+    rank = _ranks(SELECTORS[name](rest, number), rest.open).float()
+    return torch.where(chosen, float(first.shape[-1]), -rank)
+
+
+def image_ids(layout: PromptLayout) -> Tensor:
+    """``[B, L]`` long: 0 for text, 1, 2, ... for each run of visual tokens."""
+    visual = layout.visual
+    starts = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
+    return torch.where(visual, starts.long().cumsum(-1), 0)
+
+
+def _guarantee(view: LayerView, scores: Tensor, group: Tensor, share: float, *, proportional: bool) -> Tensor:
+    """Lift the best entries of every group above all others, as many as the group is sure to get.
+
+    Args:
+        group: ``[B, L]`` long.
+        share: of the free entries (times the group's share of the open ones, if `proportional`).
+    """
+    overall = _ranks(scores, view.open)
+    group = group[:, None].expand_as(overall)
+    size = torch.zeros_like(group).scatter_add_(2, group, view.open.long())
+    part = size / view.open.sum(-1, keepdim=True).clamp(min=1) if proportional else torch.ones_like(overall)
+    sure = (share * view.free[:, None, None] * part).floor().long().gather(2, group)
+    by_group = (group * scores.shape[-1] + overall).masked_fill(~view.open, torch.iinfo(torch.long).max)
+    order = by_group.sort(dim=-1).indices
+    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(2, order, places)
+    first = (size.cumsum(-1) - size).gather(2, group)
+    guaranteed = (rank - first < sure) & view.open
+    return torch.where(guaranteed, scores.shape[-1] - overall, -overall).float()
