@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -50,6 +52,53 @@ def _text_part(text: str) -> dict[str, Any]:
 
 def _image_part(image: ImageSource) -> dict[str, Any]:
     return {"type": "image", "image": image}
+
+
+def read_conversation(path: str | Path) -> list[dict[str, Any]]:
+    """Messages of a JSON file: a list of messages, or an object with the key ``messages``.
+
+    Relative image paths are relative to the file. The images are not opened.
+
+    Raises:
+        InputError: the file cannot be read, is not JSON, or holds no messages.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a JSON file with messages") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON in UTF-8 ({error})") from error
+    messages = content.get("messages") if isinstance(content, dict) else content
+    if not isinstance(messages, list) or not messages:
+        raise InputError(
+            f"{path}: expected a non-empty list of {{'role', 'content'}} objects, or {{'messages': [...]}}"
+        )
+    return [anchored(message, path.parent) for message in messages]
+
+
+def anchored(message: Any, folder: Path) -> Any:
+    """`message` with the relative image paths of its parts taken from `folder`; a malformed one as it is."""
+    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
+        return message
+    return {**message, "content": [_anchored_part(part, folder) for part in message["content"]]}
+
+
+def _anchored_part(part: Any, folder: Path) -> Any:
+    if not isinstance(part, dict):
+        return part
+    changed: dict[str, Any] = {
+        key: near(part[key], folder) for key in ("image", "path") if isinstance(part.get(key), str)
+    }
+    url = part.get("image_url")
+    if isinstance(url, dict) and isinstance(url.get("url"), str):
+        changed["image_url"] = {**url, "url": near(url["url"], folder)}
+    return {**part, **changed}
+
+
+def near(image: str, folder: Path) -> str:
+    """A relative path taken from `folder`; a URL as it is."""
+    return image if image.startswith("data:") or "://" in image else str(folder / image)
 
 
 def split_conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from flowmm.errors import InputError
 from flowmm.models import build_messages, open_image
+from flowmm.models.messages import anchored, near
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 GENERATED = "pocket"
@@ -143,32 +144,9 @@ def _sample_of(record: Any, name: str, folder: Path) -> CalibrationSample:
     if not isinstance(record, dict):
         raise InputError(f"expected a JSON object, found {type(record).__name__}")
     if isinstance(record.get("messages"), list):
-        messages = [_located(message, folder) for message in record["messages"]]
+        messages = [anchored(message, folder) for message in record["messages"]]
         return CalibrationSample(name, messages)
     images, prompt = record.get("images", []), record.get("prompt")
     if not isinstance(prompt, str) or not isinstance(images, list) or not all(isinstance(i, str) for i in images):
         raise InputError('expected {"images": [paths], "prompt": text} or {"messages": [...]}')
-    return CalibrationSample(name, build_messages(prompt, [_near(image, folder) for image in images]))
-
-
-def _near(image: str, folder: Path) -> str:
-    """A relative path is relative to the data file."""
-    return image if image.startswith("data:") else str(folder / image)
-
-
-def _located(message: Any, folder: Path) -> Any:
-    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
-        return message
-    return {**message, "content": [_located_part(part, folder) for part in message["content"]]}
-
-
-def _located_part(part: Any, folder: Path) -> Any:
-    if not isinstance(part, dict):
-        return part
-    changed: dict[str, Any] = {
-        key: _near(part[key], folder) for key in ("image", "path") if isinstance(part.get(key), str)
-    }
-    url = part.get("image_url")
-    if isinstance(url, dict) and isinstance(url.get("url"), str):
-        changed["image_url"] = {**url, "url": _near(url["url"], folder)}
-    return {**part, **changed}
+    return CalibrationSample(name, build_messages(prompt, [near(image, folder) for image in images]))
