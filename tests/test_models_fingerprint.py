@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_config, tiny_model
+from tiny_checkpoint import write_checkpoint
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from flowmm.errors import UnsupportedModelError
 from flowmm.models import fingerprint_model, load_model
 from flowmm.models.fingerprint import config_sha256, public_source, weights_sha256
-from flowmm.tests.tiny import tiny_config, tiny_model
-from flowmm.tests.tiny_checkpoint import write_checkpoint
 
 
 @pytest.fixture(scope="module")

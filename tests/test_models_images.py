@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_checkpoint import image_bytes, tiny_image
 
 from flowmm.errors import InputError
 from flowmm.models.images import open_image
-from flowmm.tests.tiny_checkpoint import image_bytes, tiny_image
 
 PNG = image_bytes(tiny_image())
 

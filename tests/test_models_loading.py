@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_model
+from tiny_checkpoint import CHAT_TEMPLATE, tiny_image, write_checkpoint
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from flowmm.errors import InputError, ModelLoadError, UnsupportedModelError
 from flowmm.models import build_messages, family_of, fingerprint_model, load_model, text_config
 from flowmm.models.catalogue import pocket_checkpoint
-from flowmm.tests.tiny import tiny_model
-from flowmm.tests.tiny_checkpoint import CHAT_TEMPLATE, tiny_image, write_checkpoint
 
 
 @pytest.fixture(scope="module")

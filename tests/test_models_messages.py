@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tiny_checkpoint import tiny_image
 
 from flowmm.errors import InputError
 from flowmm.models.messages import build_messages, open_conversation, split_conversations
-from flowmm.tests.tiny_checkpoint import tiny_image
 
 RED, BLUE = tiny_image(), tiny_image(16, 16, "blue")
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tiny_checkpoint import image_bytes, tiny_image, write_checkpoint
 from transformers import PreTrainedConfig, Qwen2_5_VLProcessor
 from transformers.processing_utils import ProcessorMixin
 
 from flowmm.errors import InputError, UnsupportedModelError
 from flowmm.models import LoadedModel, build_messages, load_model, text_config, visual_mask
-from flowmm.tests.tiny_checkpoint import image_bytes, tiny_image, write_checkpoint
 
 RED, BLUE = tiny_image(), tiny_image(40, 40, "blue")
 START, END, PAD_IMAGE = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from PIL import Image
+from tiny import tiny_config
 from tokenizers import pre_tokenizers
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
-
-from flowmm.tests.tiny import tiny_config
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
