@@ -10,14 +10,19 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
 from flowmm import __version__
-from flowmm.errors import DriftError, FlowmmError
+from flowmm.errors import DriftError, FlowmmError, InputError
+
+if TYPE_CHECKING:
+    from flowmm.plans import Plan
 
 EXIT_CODES = """\b
 Exit codes:
@@ -103,12 +108,19 @@ def inspect(plan: str, as_json: bool) -> None:
     loaded = Plan.load(resolve_plan(plan))
     if as_json:
         click.echo(json.dumps(render.inspection(loaded), indent=2, ensure_ascii=False))
-    elif sys.stdout.isatty():
+    else:
+        _show_plan(loaded)
+
+
+def _show_plan(plan: Plan) -> None:
+    from flowmm.plans import render
+
+    if sys.stdout.isatty():
         from rich.console import Console
 
-        Console().print(render.rich_view(loaded))
+        Console().print(render.rich_view(plan))
     else:
-        click.echo(render.plain(loaded), nl=False)
+        click.echo(render.plain(plan), nl=False)
 
 
 @cli.command()
@@ -163,6 +175,360 @@ def diff(old: str, new: str, tol: float, fail_on: list[str], form: str, out: Pat
         write_atomic(out, report)
     if difference.drifted:
         raise DriftError(diff_render.summary(difference))
+
+
+class BudgetType(click.ParamType):
+    """A ratio of the prompt (float) or a number of entries per layer (int), told apart by how it is written."""
+
+    name = "budget"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | int:
+        """``0.2``, ``1.0`` and ``20%`` are ratios, ``512`` is entries; a bare ``1`` could be either and is refused."""
+        if isinstance(value, (int, float)):
+            return value
+        try:
+            if value.endswith("%"):
+                return self._ratio(float(value[:-1]) / 100)
+            if "." in value:
+                return self._ratio(float(value))
+            entries = int(value)
+        except ValueError:
+            entries = 0
+        if entries == 1:
+            self.fail("1 is ambiguous: write 1.0 or 100% for the whole prompt, 2 or more for entries per layer")
+        if entries < 1:
+            self.fail(f"{value!r}: expected a ratio such as 0.2 or 20%, or a whole number of entries such as 512")
+        return entries
+
+    @staticmethod
+    def _ratio(ratio: float) -> float:
+        if not 0 < ratio <= 1:
+            raise ValueError(ratio)
+        return ratio
+
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _loading_options(command: Command) -> Command:
+    """The options of :func:`flowmm.models.load_model` that both ``profile`` and ``run`` take."""
+    dtypes = click.Choice(["auto", "bf16", "fp16", "fp32"])
+    for option in (
+        click.option("--revision", help="Branch, tag or commit of a hub repository."),
+        click.option("--device-map", help="Spread the model, e.g. auto (needs accelerate)."),
+        click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps."),
+        click.option("--dtype", type=dtypes, default="auto", show_default=True, help="auto: as stored."),
+    ):
+        command = option(command)
+    return command
+
+
+def _known_preset(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None:
+        from flowmm.plans import PRESETS
+
+        if value not in PRESETS:
+            raise click.BadParameter(f"{value!r}: expected one of {', '.join(PRESETS)}")
+    return value
+
+
+PRESET_OPTION = click.option(
+    "--preset",
+    "--method",
+    callback=_known_preset,
+    help="Method parameters: robust, paper, evict, ...  [default: robust, or the plan's]",
+)
+
+
+def _calm_libraries() -> None:
+    """Progress bars of the libraries only where somebody watches."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
+def _note(message: str) -> None:
+    click.echo(f"flowmm: {message}", err=True)
+
+
+@contextlib.contextmanager
+def _warnings_as_notes() -> Generator[None]:
+    """What flowmm warns about, as one line on stderr; other libraries' warnings as they come."""
+    from flowmm.runtime import FlowDriftWarning, PlanFitWarning
+
+    show = warnings.showwarning
+
+    def show_note(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, (FlowDriftWarning, PlanFitWarning)):
+            _note(f"warning: {message}")
+        else:
+            show(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        for category in (FlowDriftWarning, PlanFitWarning):
+            warnings.simplefilter("always", category)
+        warnings.showwarning = show_note  # ty: ignore[invalid-assignment]
+        yield
+
+
+@cli.command()
+@click.option("--model", required=True, help="Alias (see 'flowmm models'), checkpoint directory or hub id.")
+@click.option(
+    "--data",
+    default="pocket",
+    show_default=True,
+    help="Calibration prompts: a JSONL file, a folder of images, or 'pocket' for generated ones.",
+)
+@click.option("--prompt", help="The question for a folder of images.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Plan file.  [default: plans/MODEL.json]")
+@click.option(
+    "--records",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Parquet file of what was measured per prompt.  [default: beside the plan]",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="At most so many prompts (generated ones: 64 by default).")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--theta", type=click.FloatRange(0, 1), help="rho above theta: a cross-modal layer.  [default: 0.25]")
+@click.option("--budget", type=BudgetType(), help="Share of the prompt's entries kept, such as 0.2 or 20%.")
+@PRESET_OPTION
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Use prompts measured by an earlier run.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing plan file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+@_loading_options
+def profile(
+    model: str,
+    data: str,
+    prompt: str | None,
+    out: Path | None,
+    records: Path | None,
+    limit: int | None,
+    seed: int,
+    theta: float | None,
+    budget: float | int | None,
+    preset: str | None,
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    **loading: Any,
+) -> None:
+    """Measure how much attention crosses modalities in each layer of a model, and freeze it in a plan file."""
+    import json
+    import time
+
+    start = time.monotonic()
+    out = _plan_target(out, model, overwrite)
+    method = _method(preset, theta=theta, budget=budget)
+
+    from flowmm.models import load_model, resolve_source
+    from flowmm.models.fingerprint import public_source
+    from flowmm.profiler import load_calibration
+    from flowmm.profiler import profile as measure
+    from flowmm.profiler.progress import shown_progress
+
+    photographs = public_source(resolve_source(model)) != "pocket"
+    samples = load_calibration(data, limit=limit, seed=seed, prompt=prompt, photo_size=photographs)
+    if data == "pocket" and photographs:
+        _note("calibrating on built-in generated prompts; prompts like your own (--data FILE.jsonl) give a better plan")
+    _calm_libraries()
+    loaded = load_model(model, **loading)
+    records = records or out.with_suffix(".records.parquet")
+    with shown_progress(quiet) as progress:
+        plan = measure(
+            loaded, samples, source=data, method=method, seed=seed, records=records, resume=resume, progress=progress
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    plan.save(out)
+    seconds = round(time.monotonic() - start, 3)
+    if as_json:
+        layers = [{"index": i.index, "rho": i.rho.mean if i.rho else None, "mode": i.mode} for i in plan.layers]
+        described = {"plan": str(out), "id": plan.short_id, "records": str(records), "layers": layers}
+        click.echo(json.dumps(described | {"samples": len(samples), "seconds": seconds}, indent=2, ensure_ascii=False))
+    else:
+        _show_plan(plan)
+        _note(f"wrote {out} from {len(samples)} prompts in {seconds:.1f} s")
+
+
+def _plan_target(out: Path | None, model: str, overwrite: bool) -> Path:
+    """The plan file to write.
+
+    Raises:
+        InputError: it exists and may not be replaced.
+    """
+    if out is None:
+        # resolve() gives "." and "dir/" a name; a hub id keeps its last part.
+        out = Path("plans") / f"{Path(model).resolve().name}.json"
+    if out.exists() and not overwrite:
+        raise InputError(f"{out} exists; pass --overwrite to replace it, or --out to write elsewhere")
+    return out
+
+
+def _method(preset: str | None, **changes: float | int | None) -> Any:
+    """Method parameters of a plan.
+
+    Raises:
+        InputError: a budget in entries, which a plan cannot hold.
+    """
+    from flowmm.plans import MethodParameters
+
+    budget = changes["budget"]
+    if isinstance(budget, int):
+        raise InputError(f"budget {budget}: a plan holds a ratio such as 0.2 or 20%; give entries to 'flowmm run'")
+    return MethodParameters.from_preset(preset or "robust", **{k: v for k, v in changes.items() if v is not None})
+
+
+@cli.command()
+@click.argument("text", metavar="[PROMPT]", required=False)
+@click.option("--plan", help="Plan file, or a shipped name such as qwen25vl.")
+@click.option("--model", help="Alias, checkpoint directory or hub id.  [default: the model the plan was made for]")
+@click.option("--image", "images", multiple=True, help="Path, data URL, or - for stdin. Repeatable.")
+@click.option("--prompt", help="Text, or @FILE; <image> marks where the images go.  [default: stdin]")
+@click.option("--messages", type=click.Path(path_type=Path), help="A chat as JSON, instead of prompt and images.")
+@click.option("--system", help="System message.")
+@click.option("--budget", type=BudgetType(), help="0.2 or 20%: of the prompt; 512: entries per layer.")
+@PRESET_OPTION
+@click.option(
+    "--check", type=click.Choice(["warn", "error", "adapt"]), help="Compare this prompt's rho with the plan's."
+)
+@click.option("--compare", is_flag=True, help="Answer on the full cache, too, and show both.")
+@click.option("--no-compress", is_flag=True, help="Answer on the full cache only.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: greedy.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample from this share of probability.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--stream/--no-stream", default=None, help="Print words as they come.  [default: in a terminal]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_loading_options
+def run(
+    text: str | None,
+    plan: str | None,
+    model: str | None,
+    images: tuple[str, ...],
+    prompt: str | None,
+    messages: Path | None,
+    system: str | None,
+    budget: float | int | None,
+    preset: str | None,
+    check: Any,
+    compare: bool,
+    no_compress: bool,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float | None,
+    seed: int,
+    stream: bool | None,
+    as_json: bool,
+    **loading: Any,
+) -> None:
+    """Answer PROMPT about images on a KV cache compressed as PLAN says."""
+    import json
+
+    _refuse_combinations(click.get_current_context().params)
+    from flowmm.plans import Plan, resolve_plan
+
+    loaded_plan = None if plan is None else Plan.load(resolve_plan(plan))
+    if loaded_plan is not None and check and not loaded_plan.measured:
+        _note("warning: the plan holds no rho, so --check has nothing to compare with; make one with 'flowmm profile'")
+    conversation = _conversation(text, prompt, images, messages, system)
+
+    from flowmm.runtime import generation
+
+    _calm_libraries()
+    loaded = generation.load_planned_model(None if no_compress and model else loaded_plan, model, **loading)
+    inputs = loaded.build_inputs(conversation)
+    sampling = generation.Sampling(max_new_tokens, temperature, top_p, seed)
+    compression = None
+    if loaded_plan is not None and not no_compress:
+        compression = generation.Compression(loaded_plan, budget, preset, check)
+    streaming = sys.stdout.isatty() if stream is None else stream
+    on_text = (lambda piece: click.echo(piece, nl=False)) if streaming and not (as_json or compare) else None
+    comparison = None
+    with _warnings_as_notes():
+        if compare and compression is not None:
+            comparison = generation.compare_caches(loaded, inputs, compression, sampling)
+            answer = comparison.compressed
+        else:
+            answer = generation.generate_answer(loaded, inputs, compression, sampling, on_text)
+    if as_json:
+        described = answer.to_dict() | {
+            "plan": None if loaded_plan is None else {"source": plan, "id": loaded_plan.short_id},
+            "check": None if answer.findings is None else {"action": check, "findings": list(answer.findings)},
+        }
+        described |= {} if comparison is None else {"compare": comparison.to_dict()}
+        click.echo(json.dumps(described, indent=2, ensure_ascii=False))
+    else:
+        # What was streamed needs only its line ended.
+        click.echo(comparison or ("" if on_text else answer.text))
+        _note(answer.summary())
+
+
+def _refuse_combinations(options: Mapping[str, Any]) -> None:
+    """Options of ``run`` that contradict each other, before anything is loaded."""
+    whole, compare, as_json = (options[name] for name in ("no_compress", "compare", "as_json"))
+    refused = {
+        "--plan is missing (only --no-compress with --model goes without)": not (
+            options["plan"] or (whole and options["model"])
+        ),
+        "--no-compress excludes --compare, --check, --budget and --preset": whole
+        and (compare or options["check"] or options["budget"] or options["preset"]),
+        "--stream excludes --json and --compare, which print when all is done": options["stream"]
+        and (as_json or compare),
+        "--top-p needs a --temperature above 0": options["top_p"] is not None and options["temperature"] == 0,
+    }
+    for message, found in refused.items():
+        if found:
+            raise click.UsageError(message)
+
+
+def _conversation(
+    text: str | None, prompt: str | None, images: tuple[str, ...], messages: Path | None, system: str | None
+) -> list[dict[str, Any]]:
+    """Chat messages from what the user gave; their images are opened here, before a model is loaded.
+
+    Raises:
+        InputError: an image or a file cannot be read, or the messages are malformed.
+    """
+    if messages is not None and (text is not None or prompt is not None or images or system is not None):
+        raise click.UsageError("--messages holds the whole chat; leave out prompt, --image and --system")
+    if text is not None and prompt is not None:
+        raise click.UsageError("the prompt is given twice, as an argument and as --prompt; give one")
+    if images.count("-") > 1:
+        raise click.UsageError("--image - reads all of stdin, so it can be given once")
+    from flowmm.models.messages import build_messages, open_conversation, read_conversation
+
+    if messages is not None:
+        chat = read_conversation(messages)
+    else:
+        sources = [sys.stdin.buffer.read() if image == "-" else image for image in images]
+        chat = build_messages(_prompt_text(prompt if text is None else text, "-" in images), sources, system)
+    open_conversation(chat)
+    return chat
+
+
+def _prompt_text(given: str | None, stdin_is_image: bool) -> str:
+    """The prompt as given, from ``@FILE`` (``@@`` for a text that starts with @), or from stdin."""
+    if given is None:
+        piped = "" if stdin_is_image or sys.stdin.isatty() else sys.stdin.read().strip()
+        if not piped:
+            raise click.UsageError("no prompt: give PROMPT, --prompt TEXT, --prompt @FILE, or text on stdin")
+        return piped
+    if given.startswith("@@"):
+        return given[1:]
+    if given.startswith("@"):
+        try:
+            return Path(given[1:]).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{given[1:]}: cannot be read as UTF-8 text ({error}); @ means a file, @@ an @") from error
+    return given
 
 
 @cli.command()
