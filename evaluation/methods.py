@@ -1,0 +1,103 @@
+"""Methods by name: presets, presets with changes, and the controls that switch off one idea at a time.
+
+``full`` keeps everything. ``robust``, ``paper``, ... are presets. ``PRESET:field=value,field=value`` changes fields of
+:class:`flowmm.plans.MethodParameters`. A control, or ``merge=OPERATOR``, is a change to ``robust``; ``PRESET:CONTROL``
+applies it to another preset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from flowmm.errors import InputError
+from flowmm.plans import PRESETS, MethodParameters
+
+FULL = "full"
+DEFAULT_PRESET = "robust"
+
+CONTROLS: dict[str, dict[str, str]] = {
+    "any_pivot": {"flow": "off:any"},
+    "intra_only": {"flow": "off:intra"},
+    "inverted": {"flow": "inverted"},
+    "strict_cross": {"cross_scope": "other_only"},
+    "gate_off": {"gate": "false"},
+    "same_pivots_evicted": {"merge": "evict"},
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A name and its parameters; ``None`` is the full cache."""
+
+    name: str
+    parameters: MethodParameters | None
+
+    @property
+    def digest(self) -> str:
+        """12 hex digits that change with any parameter; part of what identifies a measured row."""
+        text = FULL if self.parameters is None else self.parameters.model_dump_json()
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def parse_methods(text: str, theta: float) -> list[Method]:
+    """Methods from a comma-separated list; a piece ``field=value`` after ``name:...`` belongs to that name.
+
+    Args:
+        text: such as ``full,robust,paper:merge=tangent,gate=false,any_pivot``.
+        theta: the plan's threshold, unless a method changes it.
+
+    Raises:
+        InputError: an unknown name or field, a value that does not fit, or the same name twice.
+    """
+    methods = [_parse_method(name, theta) for name in _names(text)]
+    names = [method.name for method in methods]
+    if not names:
+        raise InputError("no method given; expected names such as full, robust, paper")
+    if len(set(names)) < len(names):
+        raise InputError(f"methods {', '.join(names)}: a name occurs twice; give each once")
+    return methods
+
+
+def _names(text: str) -> Iterator[str]:
+    current = ""
+    for piece in (piece.strip() for piece in text.split(",")):
+        if ":" in current and re.match(r"\w+=", piece):
+            current += f",{piece}"
+            continue
+        if current:
+            yield current
+        current = piece
+    if current:
+        yield current
+
+
+def _parse_method(name: str, theta: float) -> Method:
+    if name == FULL:
+        return Method(name, None)
+    preset, _, changed = name.partition(":")
+    if preset not in PRESETS:
+        preset, changed = DEFAULT_PRESET, name
+    try:
+        return Method(name, MethodParameters.from_preset(preset, **({"theta": theta} | _changes(changed))))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise InputError(f"method {name!r}: {field}: {first['msg']}") from error
+
+
+def _changes(text: str) -> dict[str, object]:
+    if text in CONTROLS:
+        return dict(CONTROLS[text])
+    changes: dict[str, object] = {}
+    for piece in filter(None, text.split(",")):
+        field, equals, value = piece.partition("=")
+        if not equals:
+            known = (FULL, *PRESETS, *CONTROLS)
+            raise InputError(f"method {text!r}: expected one of {', '.join(known)}, or PRESET:field=value,...")
+        changes[field] = value
+    return changes

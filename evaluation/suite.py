@@ -1,0 +1,106 @@
+"""What is asked: cases with one exact answer each from the pocket generator, or prompts without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowmm.pocket import tasks
+from flowmm.pocket.tasks import TASKS, Question, Scene, asked_scene, stream
+from flowmm.profiler import load_calibration
+
+POCKET = "pocket"
+UNLABELLED = "fidelity"
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measured prompt.
+
+    Attributes:
+        suite, split, task, seed, index: what identifies the case.
+        context: content parts in front of the question; for an unlabelled prompt, all of its last user turn.
+        question: text of the question's line, empty for an unlabelled prompt.
+        answer: the only right answer, or ``None``.
+        earlier: another question about the same context with its answer, for the ``second`` protocol.
+        history: turns before the one that holds the context.
+    """
+
+    suite: str
+    split: str
+    task: str
+    seed: int
+    index: int
+    context: tuple[Mapping[str, Any], ...]
+    question: str = ""
+    answer: str | None = None
+    earlier: Question | None = None
+    history: tuple[Message, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.suite}:{self.split}:{self.task}:{self.index}"
+
+    def context_messages(self) -> list[Message]:
+        """The conversation up to and including the context."""
+        return [*self.history, {"role": "user", "content": list(self.context)}]
+
+    def asking(self, question: str) -> list[Message]:
+        """The conversation up to and including `question`, on a line of its own behind the context."""
+        parts = [*self.context, {"type": "text", "text": f"\n{question}"}] if question else list(self.context)
+        return [*self.history, {"role": "user", "content": parts}]
+
+
+def pocket_cases(split: str, per_task: int, task_names: Sequence[str] = TASKS, seed: int = 0) -> list[Case]:
+    """Cases of the pocket suite, tasks taken in turn, so that any first part of the list is balanced.
+
+    Raises:
+        InputError: unknown split or task, or a negative seed.
+    """
+    return [_pocket_case(task, split, index, seed) for index in range(per_task) for task in task_names]
+
+
+def _pocket_case(task: str, split: str, index: int, seed: int) -> Case:
+    scene, (question, answer) = asked_scene(task, split, index, seed)
+    rng = stream(split, f"earlier {task}", index, seed)
+    return Case(
+        suite=POCKET,
+        split=split,
+        task=task,
+        seed=seed,
+        index=index,
+        context=scene.content(),
+        question=question,
+        answer=answer,
+        earlier=_other_question(scene, question, rng),
+    )
+
+
+def _other_question(scene: Scene, question: str, rng: np.random.Generator) -> Question:
+    """A question of any task about the scene that is not `question`."""
+    while True:
+        asked = tasks.QUESTIONS[TASKS[int(rng.integers(len(TASKS)))]](scene, rng)
+        if asked is not None and asked[0] != question:
+            return asked
+
+
+def unlabelled_cases(data: str, limit: int | None = None, seed: int = 0) -> list[Case]:
+    """Prompts without answers from JSONL or a folder of images, see :func:`flowmm.profiler.load_calibration`.
+
+    Raises:
+        InputError: no such data, nothing in it, or a line that is not a prompt.
+    """
+    cases = []
+    for index, sample in enumerate(load_calibration(data, limit=limit, seed=seed)):
+        *history, last = sample.messages
+        content = last["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        name = Path(data).stem
+        cases.append(Case(name, "all", UNLABELLED, seed, index, tuple(parts), history=tuple(history)))
+    return cases
