@@ -24,21 +24,26 @@ from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration, Q
 
 from flowmm.pocket import tasks
 from flowmm.pocket.architecture import build_image_processor, build_model
-from flowmm.pocket.batches import TOKENS_PER_SIDE, Batch, Packer, draw_branch, pack, patches
+from flowmm.pocket.batches import Batch, Packer, draw_branch, pack, patches
 from flowmm.pocket.forward import Packed, visual_embeddings
 from flowmm.pocket.muon import Muon
+from flowmm.pocket.sight import naming_loss, object_labels
 from flowmm.pocket.tokenizer import build_tokenizer
 
 
 @dataclass(frozen=True)
 class Level:
-    """One stage of the curriculum: the step it ends at, the sizes it draws from, how often it asks each task."""
+    """One stage of the curriculum: the step it ends at, the sizes it draws from, factors on the learning
+    rates (of all, and of the vision tower on top), the weight of the naming loss, and how often it asks each task."""
 
     until: int
     rows: int
     images: tuple[int, int]
     facts: tuple[int, int]
     fillers: tuple[int, int]
+    rate: float = 1.0
+    vision_rate: float = 1.0
+    naming: float = 0.0
     shares: tuple[float, ...] = (0.2, 0.3, 0.2, 0.3)
 
 
@@ -49,7 +54,7 @@ class Recipe:
     seed: int = 0
     vision_steps: int = 600
     vision_images: int = 128
-    steps: int = 900
+    steps: int = 800
     cooldown: float = 0.3
     questions: int = 20
     second_turns: float = 0.2
@@ -63,9 +68,11 @@ class Recipe:
     validation_prompts: int = 64
     levels: tuple[Level, ...] = (
         Level(60, 20, (1, 2), (1, 4), (0, 1)),
-        Level(150, 16, (2, 5), (2, 6), (0, 2)),
-        Level(350, 12, (4, 10), (3, 8), (1, 3)),
-        Level(1_000_000, 10, (6, 19), (4, 8), (1, 4)),
+        Level(100, 16, (2, 5), (2, 6), (0, 2)),
+        Level(150, 16, (2, 5), (2, 6), (0, 2), rate=0.4),
+        Level(300, 12, (4, 10), (3, 8), (1, 3), rate=0.4),
+        Level(350, 12, (4, 10), (3, 8), (1, 3), rate=0.4, vision_rate=2.5, naming=0.3),
+        Level(1_000_000, 10, (6, 19), (4, 8), (1, 4), rate=0.4, vision_rate=2.5, naming=0.3),
     )
 
 
@@ -120,40 +127,53 @@ class Trainer:
         done = self.step if vision else self.step - recipe.vision_steps
         cooling = (total - done) / (recipe.cooldown * total)
         factor = max(0.01, min((done + 1) / recipe.warmup, cooling, 1.0))
-        tower = recipe.vision_rates[0 if vision else 1]
+        level = None if vision else self._level(done)
+        factor *= level.rate if level else 1.0
+        tower = [rate * (level.vision_rate if level else 1.0) for rate in recipe.vision_rates[level is not None]]
         for optimiser, rates in zip(self.optimisers, zip(tower, recipe.text_rates, strict=True), strict=True):
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
 
     def _vision_loss(self) -> tuple[torch.Tensor, dict[str, float]]:
         rng = tasks.stream("train", "vision", self.step, self.recipe.seed)
-        pictures = tasks.draw_scene(rng, "train", 8, 0, 0).pictures
+        pictures: list[tasks.Picture] = []
         while len(pictures) < self.recipe.vision_images:
             pictures += tasks.draw_scene(rng, "train", 8, 0, 0).pictures
-        return vision_loss(self.model, self.tokenizer, pictures, self.recipe.visual_norm)
+        embedded = visual_embeddings(self.model, patches(np.stack([picture.pixels for picture in pictures])))
+        norms = embedded.norm(dim=-1)
+        loss, logged = naming_loss(
+            embedded, object_labels(pictures), self.model.lm_head.weight.detach(), self.tokenizer
+        )
+        loss = loss + 0.1 * (norms - self.recipe.visual_norm).square().mean()
+        return loss, {**logged, "norm": norms.mean().item()}
 
     def _text_loss(self) -> tuple[torch.Tensor, dict[str, float]]:
-        batch = self.batch(self.step - self.recipe.vision_steps)
+        step = self.step - self.recipe.vision_steps
+        scenes, batch = self.batch(step)
         logits, visual = self.packed.in_bf16(batch, self.packer.image_token)
         self.tokens += batch.ids.numel()
-        scored = batch.targets[batch.targets >= 0]
-        asked = batch.asked[batch.targets >= 0]
+        scored, asked = batch.targets[batch.targets >= 0], batch.asked[batch.targets >= 0]
         norms = visual.float().norm(dim=-1)
         too_long = (norms - self.recipe.visual_norm).clamp(min=0).square().mean()
+        loss = cross_entropy(logits.float(), scored) + 0.05 * too_long
         right = (logits.argmax(-1) == scored).float()
         content = scored != self.tokenizer.eos_token_id
         logged = {name: right[(asked == i) & content].mean().item() for i, name in enumerate(tasks.TASKS)}
-        return cross_entropy(logits.float(), scored) + 0.05 * too_long, {
-            **logged,
-            "norm": norms.mean().item(),
-            "length": float(batch.ids.shape[1]),
-        }
+        logged |= {"norm": norms.mean().item(), "length": float(batch.ids.shape[1])}
+        if weight := self._level(step).naming:
+            labels = object_labels([picture for scene in scenes for picture in scene.pictures])
+            named, shares = naming_loss(visual.float(), labels, self.model.lm_head.weight.detach(), self.tokenizer)
+            loss, logged = loss + weight * named, logged | shares
+        return loss, logged
 
-    def batch(self, step: int) -> Batch:
-        """Return the packed training batch of a step."""
+    def _level(self, step: int) -> Level:
+        return next(level for level in self.recipe.levels if step < level.until)
+
+    def batch(self, step: int) -> tuple[list[tasks.Scene], Batch]:
+        """Return the scenes of a step and the packed training batch made of them."""
         recipe = self.recipe
         rng = tasks.stream("train", "packed", step, recipe.seed)
-        level = next(level for level in recipe.levels if step < level.until)
+        level = self._level(step)
         images, facts, fillers = (
             int(rng.integers(low, high + 1)) for low, high in (level.images, level.facts, level.fillers)
         )
@@ -162,7 +182,7 @@ class Trainer:
         for scene in scenes:
             turns = 1 + (rng.random(recipe.questions) < recipe.second_turns)
             rows.append(self.packer.row(scene, [draw_branch(scene, rng, level.shares, int(n)) for n in turns]))
-        return pack(rows, scenes, self.packer.pad_token)
+        return scenes, pack(rows, scenes, self.packer.pad_token)
 
     def save_state(self, path: Path) -> None:
         """Write weights, optimiser moments and the step to one safetensors file, atomically."""
@@ -189,38 +209,6 @@ class Trainer:
                     states[int(number)].setdefault(int(index), {})[key] = file.get_tensor(name)
         for optimiser, state in zip(self.optimisers, states, strict=True):
             optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-
-
-def vision_loss(
-    model: Qwen2_5_VLForConditionalGeneration,
-    tokenizer: Qwen2Tokenizer,
-    pictures: list[tasks.Picture],
-    visual_norm: float,
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """Score each visual token that lies in an object's cell against the words for that shape and colour."""
-    tokens_per_cell = TOKENS_PER_SIDE * tasks.CELL // tasks.IMAGE_SIZE
-    labels = torch.full((len(pictures), TOKENS_PER_SIDE, TOKENS_PER_SIDE, 3), -100)
-    for i, picture in enumerate(pictures):
-        for item in picture.objects:
-            row, column = (tokens_per_cell * place for place in item.cell)
-            digit = -100 if item.digit is None else item.digit
-            labels[i, row : row + tokens_per_cell, column : column + tokens_per_cell] = torch.tensor(
-                [tasks.SHAPES.index(item.shape), list(tasks.COLOURS).index(item.colour), digit]
-            )
-    embedded = visual_embeddings(model, patches(np.stack([picture.pixels for picture in pictures])))
-    norms = embedded.norm(dim=-1)
-    loss = 0.1 * (norms - visual_norm).square().mean()
-    logged = {"norm": norms.mean().item()}
-    table = model.lm_head.weight.detach()
-    said = {"shape": tasks.SHAPES, "colour": tuple(tasks.COLOURS), "digit": tuple("0123456789")}
-    for kind, (name, words) in enumerate(said.items()):
-        # The last token of a digit after a space is the bare digit: the sum then counts it twice, which does no harm.
-        rows = [table[tokenizer.encode(word)[-1]] + table[tokenizer.encode(" " + word)[-1]] for word in words]
-        scores = (embedded @ torch.stack(rows).T * 4).flatten(0, -2)
-        wanted = labels[..., kind].flatten()
-        loss = loss + cross_entropy(scores, wanted)
-        logged[name] = (scores.argmax(-1) == wanted)[wanted >= 0].float().mean().item()
-    return loss, logged
 
 
 def validation_accuracy(trainer: Trainer, task: str) -> float:

@@ -1,0 +1,44 @@
+"""What the vision tower is taught directly: to write the words for what each visual token shows."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import Qwen2Tokenizer
+
+from flowmm.pocket import tasks
+from flowmm.pocket.batches import TOKENS_PER_SIDE
+
+_SAID = {"shape": tasks.SHAPES, "colour": tuple(tasks.COLOURS), "digit": tuple("0123456789")}
+
+
+def object_labels(pictures: list[tasks.Picture]) -> torch.Tensor:
+    """Return shape, colour and digit ``[N, side, side, 3]`` of the object in whose cell each visual token lies, or
+    -100 where there is none."""
+    tokens_per_cell = TOKENS_PER_SIDE * tasks.CELL // tasks.IMAGE_SIZE
+    labels = np.full((len(pictures), TOKENS_PER_SIDE, TOKENS_PER_SIDE, 3), -100)
+    for i, picture in enumerate(pictures):
+        for item in picture.objects:
+            row, column = (tokens_per_cell * place for place in item.cell)
+            digit = -100 if item.digit is None else item.digit
+            shown = tasks.SHAPES.index(item.shape), list(tasks.COLOURS).index(item.colour), digit
+            labels[i, row : row + tokens_per_cell, column : column + tokens_per_cell] = shown
+    return torch.from_numpy(labels)
+
+
+def naming_loss(
+    embedded: torch.Tensor, labels: torch.Tensor, table: torch.Tensor, tokenizer: Qwen2Tokenizer
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Compare visual embeddings ``[N, tokens, hidden]`` with the rows of ``table [vocabulary, hidden]`` for the words
+    that name ``labels``; return the loss and the share named right per kind of word."""
+    loss, logged = embedded.new_zeros(()), {}
+    for kind, (name, words) in enumerate(_SAID.items()):
+        # The last token of a digit after a space is the bare digit: the sum then counts it twice, which does no harm.
+        rows = [table[tokenizer.encode(word)[-1]] + table[tokenizer.encode(" " + word)[-1]] for word in words]
+        scores = (embedded @ torch.stack(rows).T * 4).flatten(0, -2)
+        wanted = labels[..., kind].flatten()
+        # A sum over few labels: a batch without digits must give 0, not the mean of nothing.
+        loss = loss + cross_entropy(scores, wanted, reduction="sum") / (wanted >= 0).sum().clamp(min=1)
+        logged[name] = (scores.argmax(-1) == wanted)[wanted >= 0].float().mean().item()
+    return loss, logged
