@@ -531,6 +531,65 @@ def _prompt_text(given: str | None, stdin_is_image: bool) -> str:
     return given
 
 
+def _ratios(context: click.Context, parameter: click.Parameter, value: str) -> list[float]:
+    budgets = [BudgetType().convert(text, parameter, context) for text in _kinds(context, parameter, value)]
+    if not budgets or not all(isinstance(budget, float) for budget in budgets):
+        raise click.BadParameter(f"{value!r}: expected ratios such as 0.02,0.1,20%")
+    return sorted({float(budget) for budget in budgets})
+
+
+@cli.command("eval")
+@click.option("--suite", type=click.Choice(["pocket"]), default="pocket", show_default=True, help="What is asked.")
+@click.option("--data", help="Prompts without answers instead (JSONL, or a folder of images): fidelity only.")
+@click.option("--model", default="pocket", show_default=True, help="Alias, checkpoint directory or hub id.")
+@click.option("--plan", help="Plan file or shipped name.  [default: the shipped plan of the model, else unprofiled]")
+@click.option(
+    "--methods",
+    default="full,robust,paper,evict",
+    show_default=True,
+    help="Presets, PRESET:field=value,..., merge=OPERATOR, or controls such as any_pivot, inverted, random_pivots.",
+)
+@click.option("--budgets", callback=_ratios, default="0.2", show_default=True, help="Ratios, such as 0.02,0.1,20%.")
+@click.option(
+    "--protocols",
+    default="",
+    callback=_kinds,
+    help="Of aware, blind, second.  [default: aware,blind; aware with --data]",
+)
+@click.option("--tasks", callback=_kinds, default="", help="Tasks of the suite.  [default: all]")
+@click.option("--n", type=click.IntRange(min=1), default=100, show_default=True, help="Cases per task, or prompts.")
+@click.option("--split", type=click.Choice(["validation", "test"]), default="test", show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--versus", help="Another of the methods, to be compared with at each budget.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Keep rows, tables and curves there.")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Use rows that an earlier run left in OUT.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bf16", "fp16", "fp32"]),
+    default="fp32",
+    show_default=True,
+    help="fp32 measures the method alone, not rounding.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+def evaluation(**options: Any) -> None:
+    """Accuracy of compressed caches against the full one, with 95 % intervals and paired differences."""
+    import json
+
+    from flowmm.evaluation.command import run_evaluation
+    from flowmm.evaluation.report import as_json as json_of
+    from flowmm.evaluation.tables import text_table
+
+    _calm_libraries()
+    wants_json = options.pop("as_json")
+    rows, described = run_evaluation(**options, note=_note)
+    if wants_json:
+        click.echo(json.dumps(json_of(rows) | described, indent=2, ensure_ascii=False))
+    else:
+        click.echo(text_table(rows), nl=False)
+
+
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list, one object per model.")
 def models(as_json: bool) -> None:

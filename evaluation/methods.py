@@ -27,6 +27,7 @@ CONTROLS: dict[str, dict[str, str]] = {
     "strict_cross": {"cross_scope": "other_only"},
     "gate_off": {"gate": "false"},
     "same_pivots_evicted": {"merge": "evict"},
+    "random_pivots": {"selector": "random"},
 }
 
 

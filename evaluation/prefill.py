@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from flowmm.evaluation.protocols import Trial
-from flowmm.models import visual_mask
+from flowmm.models import text_config, visual_mask
 from flowmm.plans import MethodParameters, Mode, Plan
 from flowmm.runtime import CompressionSettings, FlowCache
 from flowmm.runtime.attention import attached
 from flowmm.runtime.cache import Prompt
 from flowmm.runtime.flow import sampled_rho
 from flowmm.runtime.prompt import PromptLayout
+from flowmm.runtime.rotary import Rotary
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,13 @@ class Prefill:
         layout: modality, padding, length.
         states: query ``[1, Hq, L, D]``, key and value ``[1, Hkv, L, D]`` of each layer, after RoPE.
         scaling: softmax scale.
+        rotary: what turned the keys.
     """
 
     layout: PromptLayout
     states: tuple[tuple[Tensor, Tensor, Tensor], ...]
     scaling: float
+    rotary: Rotary | None
 
     def cache(self, plan: Plan, method: MethodParameters, budget: float) -> FlowCache:
         """The cache that ``flowmm.compress`` would have left behind for this prompt."""
@@ -42,7 +45,7 @@ class Prefill:
             shares=tuple(layer.budget for layer in plan.layers),
             budget=budget,
         )
-        return FlowCache.from_states(settings, self.layout, self.states, self.scaling)
+        return FlowCache.from_states(settings, self.layout, self.states, self.scaling, self.rotary)
 
     def full_cache(self) -> FlowCache:
         """The uncompressed cache."""
@@ -50,7 +53,7 @@ class Prefill:
         settings = CompressionSettings(
             MethodParameters(), modes=("intra",) * layers, shares=(1.0,) * layers, budget=1.0
         )
-        return FlowCache.from_states(settings, self.layout, self.states, self.scaling)
+        return FlowCache.from_states(settings, self.layout, self.states, self.scaling, self.rotary)
 
     @property
     def full_bytes(self) -> int:
@@ -74,9 +77,14 @@ class Prefill:
 class _Capture:
     """A flow that notes each layer's states and leaves the attention to the host."""
 
-    def __init__(self) -> None:
+    def __init__(self, sections: list[int]) -> None:
         self.states: list[tuple[Tensor, Tensor, Tensor]] = []
         self.scaling = 1.0
+        self.rotary: Rotary | None = None
+        self._sections = sections
+
+    def see_rotary(self, cos: Tensor, sin: Tensor) -> None:
+        self.rotary = Rotary.from_host(cos, sin, self._sections)
 
     def attend(
         self,
@@ -102,8 +110,8 @@ def prefill(model: Any, trial: Trial) -> Prefill:
     """
     ids = trial.inputs["input_ids"]
     layout = PromptLayout.from_masks(visual_mask(model.config, ids), torch.ones_like(ids, dtype=torch.bool))
-    capture = _Capture()
-    with attached(model, lambda _: capture):
+    capture = _Capture(text_config(model.config).rope_parameters.get("mrope_section", []))
+    with attached(model, lambda _: capture, capture.see_rotary):
         positions = trial.positions[..., : trial.prompt_length]
         model(**trial.inputs, position_ids=positions, use_cache=False, logits_to_keep=1)
-    return Prefill(layout, tuple(capture.states), capture.scaling)
+    return Prefill(layout, tuple(capture.states), capture.scaling, capture.rotary)

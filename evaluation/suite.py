@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,13 +57,13 @@ class Case:
         return [*self.history, {"role": "user", "content": parts}]
 
 
-def pocket_cases(split: str, per_task: int, task_names: Sequence[str] = TASKS, seed: int = 0) -> list[Case]:
-    """Cases of the pocket suite, tasks taken in turn, so that any first part of the list is balanced.
+def pocket_cases(split: str, per_task: int, task_names: Sequence[str] = (), seed: int = 0) -> list[Case]:
+    """Cases of the pocket suite (all tasks, or those named), taken in turn: any first part of the list is balanced.
 
     Raises:
         InputError: unknown split or task, or a negative seed.
     """
-    return [_pocket_case(task, split, index, seed) for index in range(per_task) for task in task_names]
+    return [_pocket_case(task, split, index, seed) for index in range(per_task) for task in task_names or TASKS]
 
 
 def _pocket_case(task: str, split: str, index: int, seed: int) -> Case:
@@ -104,3 +104,7 @@ def unlabelled_cases(data: str, limit: int | None = None, seed: int = 0) -> list
         name = Path(data).stem
         cases.append(Case(name, "all", UNLABELLED, seed, index, tuple(parts), history=tuple(history)))
     return cases
+
+
+SUITES: dict[str, Callable[[str, int, Sequence[str], int], list[Case]]] = {POCKET: pocket_cases}
+"""Suites by name: (split, cases per task, tasks, seed) to cases."""
