@@ -133,7 +133,7 @@ def test_diff_github_names_the_file_from_here(
 ) -> None:
     monkeypatch.chdir(moved.parent)
     assert run("diff", SAMPLE, moved, "--format", "github") == 1
-    assert capsys.readouterr().out.startswith("::error file=moved.json,line=52,")
+    assert capsys.readouterr().out.startswith("::error file=moved.json,line=57,")
 
 
 def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
