@@ -9,8 +9,16 @@ from flowmm.plans.fingerprint import (
     ModelFingerprint,
     TokenStatistics,
 )
-from flowmm.plans.layers import LayerPlan, Mode, RhoStatistics, decide_mode, scale_budgets
-from flowmm.plans.method import PRESETS, MethodParameters
+from flowmm.plans.layers import (
+    FlowEstimates,
+    LayerPlan,
+    Mode,
+    RhoStatistics,
+    SinkStatistics,
+    decide_mode,
+    scale_budgets,
+)
+from flowmm.plans.method import PRESETS, FlowKind, MethodParameters
 from flowmm.plans.schema import Plan
 from flowmm.plans.shipped import resolve_plan, shipped_names
 from flowmm.plans.unprofiled import unprofiled_plan
@@ -20,6 +28,8 @@ __all__ = [
     "CalibrationFingerprint",
     "Change",
     "Environment",
+    "FlowEstimates",
+    "FlowKind",
     "LayerPlan",
     "MethodParameters",
     "Mismatch",
@@ -28,6 +38,7 @@ __all__ = [
     "Plan",
     "PlanDiff",
     "RhoStatistics",
+    "SinkStatistics",
     "TokenStatistics",
     "decide_mode",
     "diff",

@@ -84,7 +84,10 @@ class TokenStatistics(Record):
 
 
 class CalibrationFingerprint(Record):
-    """Identity of the calibration prompts; `dataset_sha256` hashes the sample hashes in order."""
+    """Identity of the calibration prompts; `dataset_sha256` hashes the sample hashes in order.
+
+    `n_samples` were measured; `n_skipped` more could not be read.
+    """
 
     source: Source
     dataset_sha256: Sha256
@@ -93,6 +96,7 @@ class CalibrationFingerprint(Record):
     chat_template_sha256: Sha256 | None
     image_processor_sha256: Sha256 | None
     tokens: TokenStatistics
+    n_skipped: Index = 0
 
 
 class Environment(Record):

@@ -10,16 +10,21 @@ from pydantic import model_validator
 
 from flowmm.errors import BudgetError
 from flowmm.plans.fields import Count, Index, NonNegative, Ratio, Record, Share, rounded
+from flowmm.plans.method import FlowKind
 
 Mode = Literal["cross", "intra", "online"]
+Interval = tuple[NonNegative, NonNegative]
+# Mean over prompts, then the ends of its 95 % interval; no ends for a single prompt.
+Estimate = tuple[Share, Share | None, Share | None]
 
 
 class RhoStatistics(Record):
     """Cross-modal share of a layer's attention (eq. 6-7) over calibration prompts.
 
     `mean` and the quantiles are shares in [0, 1]; `std` is 0 for n = 1. `lift` is rho over rho of uniform causal
-    attention. `margin` is |mean - theta| / std, null for std 0. `agree` is the share of prompts whose own mode is the
-    layer's.
+    attention. `margin` is the distance of the deciding estimate from its threshold over its std, null for std 0.
+    `agree` is the share of prompts whose own mode is the layer's. `ci95` and `lift_ci95` are bootstrap intervals of the
+    means over prompts.
     """
 
     mean: Share
@@ -32,12 +37,39 @@ class RhoStatistics(Record):
     lift_std: NonNegative | None
     margin: NonNegative | None
     agree: Share | None
+    ci95: Interval | None = None
+    lift_ci95: Interval | None = None
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if not self.q05 <= self.q50 <= self.q95:
             raise ValueError("quantiles must not decrease from q05 to q95")
+        for interval in (self.ci95, self.lift_ci95):
+            if interval is not None and interval[0] > interval[1]:
+                raise ValueError("an interval must not start above its end")
         return self
+
+
+class FlowEstimates(Record):
+    """The other estimators of the same attention, each as mean and 95 % interval over prompts.
+
+    `nosink` leaves out the first text tokens (at most 4 before the first image), `nosink_auto` the columns that
+    draw more than a tenth of the attention; `v2t` is the mass that visual rows put on text, `t2v` that of text rows
+    on images, `balanced` the mean of both.
+    """
+
+    nosink: Estimate
+    nosink_auto: Estimate
+    balanced: Estimate
+    v2t: Estimate
+    t2v: Estimate
+
+
+class SinkStatistics(Record):
+    """Attention sinks, columns with more than a tenth of all attention: their mass and number, means over prompts."""
+
+    mass: Share
+    count: NonNegative
 
 
 class LayerPlan(Record):
@@ -52,11 +84,21 @@ class LayerPlan(Record):
     forced: bool = False
     budget: Ratio
     rho: RhoStatistics | None
+    estimates: FlowEstimates | None = None
+    sinks: SinkStatistics | None = None
+
+    def flow(self, kind: FlowKind) -> float | None:
+        """Mean over prompts of the estimator `kind` (``method.rho_kind``); None where the plan does not hold it."""
+        if kind == "raw":
+            return None if self.rho is None else self.rho.mean
+        if kind == "lift":
+            return None if self.rho is None else self.rho.lift_mean
+        return None if self.estimates is None else getattr(self.estimates, kind)[0]
 
 
-def decide_mode(rho_mean: float, theta: float) -> Literal["cross", "intra"]:
-    """Cross-modal above theta, strictly (eq. 7), at the precision a plan stores."""
-    return "cross" if rounded(rho_mean) > rounded(theta) else "intra"
+def decide_mode(flow: float, threshold: float) -> Literal["cross", "intra"]:
+    """Cross-modal above the threshold, strictly (eq. 7), at the precision a plan stores."""
+    return "cross" if rounded(flow) > rounded(threshold) else "intra"
 
 
 def scale_budgets(shares: Sequence[float], ratio: float) -> tuple[float, ...]:

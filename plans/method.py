@@ -60,6 +60,7 @@ SELECTORS = {
     "uniform": False,
 }
 MASS_RULES = {"proxy": False, "column_mean": None}
+FlowKind = Literal["raw", "nosink", "nosink_auto", "balanced", "lift", "v2t", "t2v"]
 # These compare keys whose rotation by position has been undone.
 UNROTATED_SELECTORS = ("kcenter", "novelty")
 
@@ -87,6 +88,9 @@ class MethodParameters(BaseModel):
     )
 
     theta: float = Field(0.25, ge=0, le=1, description="rho above theta: cross-modal layer (eq. 6-7)")
+    rho_kind: FlowKind = Field(
+        "raw", description="estimate of a profiled layer's rho that is compared with theta; lift is compared with 1"
+    )
     flow: Literal["on", "off:any", "off:intra", "inverted"] = Field(
         "on", description="on: the layer's mode decides; the others are controls"
     )
@@ -164,6 +168,11 @@ class MethodParameters(BaseModel):
         """Whether keys must be rotated back, so that the prompt's rotary embedding is needed."""
         names = {name for name, _ in parse_selector(self.selector)}
         return self.key_space != "post_rope" or not names.isdisjoint(UNROTATED_SELECTORS)
+
+    @property
+    def threshold(self) -> float:
+        """What a layer's flow of kind `rho_kind` must exceed to be cross-modal: chance level for lift, else theta."""
+        return 1.0 if self.rho_kind == "lift" else self.theta
 
     @classmethod
     def from_preset(cls, preset: str, **changes: object) -> Self:

@@ -17,12 +17,14 @@ from flowmm.plans.canonical import canonical_text
 from flowmm.plans.fields import MAX_LAYERS, Name, Note, Record, Timestamp, rounded
 from flowmm.plans.files import read_text, write_atomic
 from flowmm.plans.fingerprint import CalibrationFingerprint, Environment, Mismatch, ModelFingerprint
-from flowmm.plans.layers import LayerPlan, decide_mode, scale_budgets
+from flowmm.plans.layers import LayerPlan, RhoStatistics, decide_mode, scale_budgets
 from flowmm.plans.method import MethodParameters
 from flowmm.plans.migrations import SCHEMA, upgraded
 from flowmm.plans.reading import dotted, format_error, parse
 
 FLOWS_WITHOUT_MODES = ("off:any", "off:intra")
+# Where a layer keeps the estimate that decides; the other kinds are in `estimates`.
+FLOW_FIELDS = {"raw": "rho.mean", "lift": "rho.lift_mean"}
 # Stored budgets are rounded, so their mean is only this close to the total.
 BUDGET_TOLERANCE = 1e-4
 
@@ -71,16 +73,19 @@ class Plan(Record):
     def _mode_fits(self, layer: LayerPlan) -> None:
         if layer.forced or layer.mode == "online":
             return
-        path, theta = ("layers", layer.index, "mode"), self.method.theta
-        if layer.rho is None:
+        path, kind = ("layers", layer.index, "mode"), self.method.rho_kind
+        flow, threshold = layer.flow(kind), self.method.threshold
+        where, bound = FLOW_FIELDS.get(kind, f"estimates.{kind}"), "1" if kind == "lift" else f"theta {threshold:.6g}"
+        if flow is None:
             if self.method.flow not in FLOWS_WITHOUT_MODES:
-                raise _misfit(path, f"{layer.mode!r}, but rho is null. Use 'online', or add \"forced\": true")
-        elif layer.mode != decide_mode(layer.rho.mean, theta):
-            relation = ">" if layer.rho.mean > theta else "<="
+                missing = "rho" if layer.rho is None else where
+                raise _misfit(path, f"{layer.mode!r}, but {missing} is null. Use 'online', or add \"forced\": true")
+        elif layer.mode != decide_mode(flow, threshold):
+            relation = ">" if flow > threshold else "<="
             raise _misfit(
                 path,
-                f"{layer.mode!r} contradicts rho.mean {layer.rho.mean:.6g} {relation} theta {theta:.6g}. "
-                f'Use {decide_mode(layer.rho.mean, theta)!r}, or add "forced": true',
+                f"{layer.mode!r} contradicts {where} {flow:.6g} {relation} {bound}. "
+                f'Use {decide_mode(flow, threshold)!r}, or add "forced": true',
             )
 
     @property
@@ -125,10 +130,14 @@ class Plan(Record):
         """The plan as JSON values in canonical order; optional fields at their default are absent."""
         values = self.model_dump(mode="json", by_alias=True)
         for layer in values["layers"]:
-            if not layer["forced"]:
-                del layer["forced"]
-        if not self.note:
-            del values["note"]
+            _leave_out_defaults(layer, LayerPlan)
+            if layer["rho"] is not None:
+                _leave_out_defaults(layer["rho"], RhoStatistics)
+        if self.calibration is not None:
+            _leave_out_defaults(values["calibration"], CalibrationFingerprint)
+        for values_of, name, default in ((values, "note", ""), (values["method"], "rho_kind", "raw")):
+            if values_of[name] == default:
+                del values_of[name]
         return values
 
     def dumps(self) -> str:
@@ -168,6 +177,12 @@ class Plan(Record):
             InputError: the directory is missing or cannot be written.
         """
         write_atomic(Path(path), self.dumps())
+
+
+def _leave_out_defaults(values: dict[str, Any], record: type[Record]) -> None:
+    for name, field in record.model_fields.items():
+        if not field.is_required() and values[name] == field.default:
+            del values[name]
 
 
 def _misfit(path: tuple[str | int, ...], problem: str) -> PydanticCustomError:
