@@ -55,6 +55,24 @@ class Prefill:
         )
         return FlowCache.from_states(settings, self.layout, self.states, self.scaling, self.rotary)
 
+    def hide_last(self, cache: FlowCache, count: int) -> None:
+        """Make the prompt's last `count` tokens invisible in `cache`, because they are about to be fed again.
+
+        An entry that absorbed others is left alone; one that did not equals the token's own states bit for bit.
+        """
+        if count == 0:
+            return
+        for layer, (_, key, value) in zip(cache.states, self.states, strict=True):
+            keys, values, positions = layer.keys, layer.values, layer.positions
+            if positions is None or keys is None or values is None:
+                layer.crop(-count)
+                continue
+            at = positions[..., None].expand(*positions.shape, key.shape[-1])
+            untouched = keys.eq(key.gather(2, at)).all(-1) & values.eq(value.gather(2, at)).all(-1)
+            hidden = untouched & (positions >= self.layout.lengths[0] - count)
+            bias = torch.zeros(hidden.shape, device=hidden.device) if layer.bias is None else layer.bias
+            layer.bias = bias.masked_fill(hidden, float("-inf"))
+
     @property
     def full_bytes(self) -> int:
         """Bytes of the uncompressed keys and values."""
@@ -112,6 +130,5 @@ def prefill(model: Any, trial: Trial) -> Prefill:
     layout = PromptLayout.from_masks(visual_mask(model.config, ids), torch.ones_like(ids, dtype=torch.bool))
     capture = _Capture(text_config(model.config).rope_parameters.get("mrope_section", []))
     with attached(model, lambda _: capture, capture.see_rotary):
-        positions = trial.positions[..., : trial.prompt_length]
-        model(**trial.inputs, position_ids=positions, use_cache=False, logits_to_keep=1)
+        model(**trial.inputs, position_ids=trial.prompt_positions, use_cache=False, logits_to_keep=1)
     return Prefill(layout, tuple(capture.states), capture.scaling, capture.rotary)

@@ -1,0 +1,167 @@
+"""One prefilled prompt, on which every method and budget is measured against the full cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowmm.evaluation.decoding import answer_greedily, divergence, feed
+from flowmm.evaluation.methods import Method
+from flowmm.evaluation.prefill import Prefill
+from flowmm.evaluation.protocols import Trial
+from flowmm.evaluation.records import Row
+from flowmm.evaluation.suite import Case
+from flowmm.models import LoadedModel
+from flowmm.plans import Plan
+from flowmm.runtime import FlowCache
+
+# Caches decoded together: more rows save forward calls, and copy more memory in each.
+ROWS_PER_BATCH = 16
+# Tokens of the full cache's answer that an unlabelled prompt is compared on.
+FIDELITY_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one budget (a ratio; 1 for the full cache)."""
+
+    method: Method
+    budget: float
+
+
+@dataclass(frozen=True)
+class Size:
+    """Entries per KV head, mean over layers, and bytes of a compressed prompt."""
+
+    kept: float
+    nbytes: int
+
+    @classmethod
+    def of(cls, cache: FlowCache) -> Size:
+        return cls(sum(layer.kept for layer in cache.states) / len(cache.states), cache.nbytes)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a cache answered, and how far it is from the full cache; see :class:`Row`."""
+
+    text: str
+    kl: float
+    agreement: float
+
+
+Reader = Callable[[FlowCache, int], list[Outcome]]
+"""From a stacked cache and its number of rows to one outcome per row."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A case under a protocol, prefilled. Use inside :func:`flowmm.evaluation.decoding.reading_caches`."""
+
+    model: LoadedModel
+    plan: Plan
+    case: Case
+    protocol: str
+    trial: Trial
+    prefilled: Prefill
+
+    def measure(self, cells: Sequence[Cell]) -> list[Row]:
+        """One row per cell."""
+        full, read = self._forced_reader() if self.case.answer is None else self._greedy_reader()
+        expected = full.text if self.case.answer is None else self.case.answer
+        whole = Size(float(self.trial.prompt_length), self.prefilled.full_bytes)
+        rows = [self._row(cell, whole, full, expected) for cell in cells if cell.method.parameters is None]
+        for chunk, sizes, stacked in self._batches(cells):
+            measured = zip(chunk, sizes, read(stacked, len(chunk)), strict=True)
+            rows += [self._row(cell, size, outcome, expected) for cell, size, outcome in measured]
+        return rows
+
+    def _batches(self, cells: Sequence[Cell]) -> Iterator[tuple[Sequence[Cell], list[Size], FlowCache]]:
+        """Compressed cells, what each keeps, and their caches as one batch, as many as are decoded together."""
+        made = [
+            (cell, self.prefilled.cache(self.plan, parameters, cell.budget))
+            for cell in cells
+            if (parameters := cell.method.parameters) is not None
+        ]
+        for start in range(0, len(made), ROWS_PER_BATCH):
+            chunk, caches = zip(*made[start : start + ROWS_PER_BATCH], strict=True)
+            sizes = [Size.of(cache) for cache in caches]
+            for cache in caches:
+                self.prefilled.hide_last(cache, self.trial.fed_again)
+            yield chunk, sizes, FlowCache.stack(caches)
+
+    def _full_cache(self) -> FlowCache:
+        """The full cache, ready to be fed the continuation."""
+        cache = self.prefilled.full_cache()
+        self.prefilled.hide_last(cache, self.trial.fed_again)
+        return cache
+
+    def _greedy_reader(self) -> tuple[Outcome, Reader]:
+        """The full cache's greedy answer; fidelity at the first answer position."""
+        host, ids, positions = self.model.model, self.trial.continuation, self.trial.positions
+        # One token more than the right answer decides an exact match: the last must end the turn.
+        steps = len(self.model.tokenizer(self.case.answer)["input_ids"]) + 1
+        full = answer_greedily(host, self._full_cache(), ids, positions, steps)
+
+        def read(stacked: FlowCache, rows: int) -> list[Outcome]:
+            decoded = answer_greedily(host, stacked, ids.expand(rows, -1), positions, steps)
+            return self._outcomes(decoded.tokens, full.logits[:, None], decoded.logits[:, None])
+
+        return Outcome(self._text(full.tokens[0]), 0.0, 1.0), read
+
+    def _forced_reader(self) -> tuple[Outcome, Reader]:
+        """The full cache's greedy answer, fed to every cache alike; fidelity as the mean over its positions."""
+        host, ids, positions = self.model.model, self.trial.continuation, self.trial.positions
+        tokens = answer_greedily(host, self._full_cache(), ids, positions, FIDELITY_TOKENS).tokens[0]
+        count = min(self._length(tokens) + 1, FIDELITY_TOKENS)
+        forced = torch.cat([ids, tokens[None, : count - 1]], dim=1)
+        places = positions[..., :1] + torch.arange(forced.shape[1], device=positions.device)
+        wanted = feed(host, self._full_cache(), forced, places, keep=count)
+
+        def read(stacked: FlowCache, rows: int) -> list[Outcome]:
+            logits = feed(host, stacked, forced.expand(rows, -1), places, keep=count)
+            return self._outcomes(logits.argmax(-1), wanted, logits)
+
+        return Outcome(self._text(tokens), 0.0, 1.0), read
+
+    def _outcomes(self, tokens: Tensor, wanted: Tensor, logits: Tensor) -> list[Outcome]:
+        """Outcomes of rows from tokens ``[R, T]`` and logits ``[1, P, V]`` (full cache) and ``[R, P, V]``."""
+        losses = divergence(wanted, logits).mean(-1).tolist()
+        agreements = (wanted.argmax(-1) == logits.argmax(-1)).double().mean(-1).tolist()
+        return [Outcome(self._text(row), *rest) for row, *rest in zip(tokens, losses, agreements, strict=True)]
+
+    def _row(self, cell: Cell, size: Size, outcome: Outcome, expected: str) -> Row:
+        case = self.case
+        return Row(
+            suite=case.suite,
+            split=case.split,
+            task=case.task,
+            seed=case.seed,
+            index=case.index,
+            protocol=self.protocol,
+            method=cell.method.name,
+            digest=cell.method.digest,
+            budget=cell.budget,
+            correct=None if case.answer is None else outcome.text == expected,
+            text=outcome.text,
+            expected=expected,
+            tokens=self.trial.prompt_length,
+            kept=size.kept,
+            bytes=size.nbytes,
+            full_bytes=self.prefilled.full_bytes,
+            kl=outcome.kl,
+            agreement=outcome.agreement,
+        )
+
+    def _length(self, tokens: Tensor) -> int:
+        """Tokens in front of the one that ends the turn."""
+        ends = self.model.model.generation_config.eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        return next((place for place, token in enumerate(tokens.tolist()) if token in ends), len(tokens))
+
+    def _text(self, tokens: Tensor) -> str:
+        # Special tokens stay: an answer is not right because it is followed by a stray marker.
+        return str(self.model.tokenizer.decode(tokens[: self._length(tokens)])).strip()
