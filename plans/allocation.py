@@ -1,0 +1,85 @@
+"""Layer budgets from measured sensitivity: entries go where a layer's curve says they save most.
+
+A curve tells what compressing one layer alone costs at several ratios. Costs of layers are taken as additive, and each
+curve is replaced by its lower convex hull, so that the greedy choice is the best one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+Curve = Sequence[tuple[float, float]]
+
+# Slopes (nats per full layer of entries) below this are measurement noise: such layers share what is left evenly.
+FLAT = 1e-3
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stretch of one layer's hull: `width` more of its entries save `gain` per entry."""
+
+    layer: int
+    width: float
+    gain: float
+
+
+def lower_hull(curve: Curve) -> list[tuple[float, float]]:
+    """Points of the lower convex hull, by rising ratio, ending at ratio 1 with cost 0."""
+    points = sorted({ratio: cost for ratio, cost in curve if ratio < 1}.items())
+    hull: list[tuple[float, float]] = []
+    for point in [*points, (1.0, 0.0)]:
+        while len(hull) > 1 and _slope(hull[-2], point) <= _slope(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:
+    return (right[1] - left[1]) / (right[0] - left[0])
+
+
+def allocate(curves: Sequence[Curve], ratio: float) -> tuple[float, ...]:
+    """Ratio of entries per layer, with mean `ratio`, that the curves say costs least.
+
+    Args:
+        curves: per layer, (ratio of entries kept, cost); at least one point below 1 each.
+        ratio: in (0, 1].
+
+    Every layer keeps at least the smallest measured ratio; below that total all layers are equal.
+    """
+    hulls = [lower_hull(curve) for curve in curves]
+    floor = max(hull[0][0] for hull in hulls)
+    if ratio <= floor:
+        return (ratio,) * len(hulls)
+    ratios = [floor] * len(hulls)
+    spare = (ratio - floor) * len(hulls)
+    for step in _steps(hulls, floor):
+        taken = min(step.width, spare)
+        ratios[step.layer] += taken
+        spare -= taken
+    return _level(ratios, spare)
+
+
+def _steps(hulls: Sequence[Sequence[tuple[float, float]]], floor: float) -> list[Step]:
+    """All stretches above the floor, best gain first; flat ones left out."""
+    steps = [
+        Step(layer, right[0] - max(left[0], floor), -_slope(left, right))
+        for layer, hull in enumerate(hulls)
+        for left, right in pairwise(hull)
+        if right[0] > floor
+    ]
+    return sorted((step for step in steps if step.gain > FLAT), key=lambda step: -step.gain)
+
+
+def _level(ratios: list[float], spare: float) -> tuple[float, ...]:
+    """Spend `spare` on the layers that have least, so that they rise together."""
+    order = sorted(range(len(ratios)), key=lambda layer: ratios[layer])
+    for count, layer in enumerate(order, start=1):
+        above = ratios[order[count]] if count < len(order) else 1.0
+        rise = min(spare, (above - ratios[layer]) * count)
+        for raised in order[:count]:
+            ratios[raised] += rise / count
+        spare -= rise
+    return tuple(min(value, 1.0) for value in ratios)
