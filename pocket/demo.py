@@ -120,8 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     start = time.monotonic()
     out, plan = options.out, options.out / "plan.json"
-    # The embedded model needs no network; without this a library may look for one first.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # The embedded model needs no network, and is too small to gain from threads, which wait for each other on a busy
+    # machine.
+    for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
     prompts = write_prompts(out / "prompts", options.questions)
     print(f"Wrote {len(prompts)} questions about {sum(len(s.images) for s, _ in prompts)} images to {out / 'prompts'}/")
 
