@@ -15,7 +15,7 @@ from flowmm.models import text_config, visual_mask
 from flowmm.plans import MethodParameters, Mode, Plan
 from flowmm.runtime import CompressionSettings, FlowCache
 from flowmm.runtime.attention import attached
-from flowmm.runtime.cache import Prompt
+from flowmm.runtime.cache import Prompt, uniform_ratios
 from flowmm.runtime.flow import sampled_rho
 from flowmm.runtime.prompt import PromptLayout
 from flowmm.runtime.rotary import Rotary
@@ -42,7 +42,7 @@ class Prefill:
         settings = CompressionSettings(
             method=method,
             modes=tuple(self._mode(layer.index, layer.mode, method.theta) for layer in plan.layers),
-            shares=tuple(layer.budget for layer in plan.layers),
+            layer_ratios=plan.layer_budgets,
             budget=budget,
         )
         return FlowCache.from_states(settings, self.layout, self.states, self.scaling, self.rotary)
@@ -51,7 +51,7 @@ class Prefill:
         """The uncompressed cache."""
         layers = len(self.states)
         settings = CompressionSettings(
-            MethodParameters(), modes=("intra",) * layers, shares=(1.0,) * layers, budget=1.0
+            MethodParameters(), modes=("intra",) * layers, layer_ratios=uniform_ratios(layers), budget=1.0
         )
         return FlowCache.from_states(settings, self.layout, self.states, self.scaling, self.rotary)
 
@@ -87,7 +87,9 @@ class Prefill:
     @cached_property
     def _sampled_rho(self) -> list[Tensor]:
         # The row sample of a real run: it depends on the settings' defaults alone.
-        settings = CompressionSettings(MethodParameters(), modes=("online",), shares=(1.0,), budget=1.0)
+        settings = CompressionSettings(
+            MethodParameters(), modes=("online",), layer_ratios=uniform_ratios(1), budget=1.0
+        )
         rows = Prompt.of(self.layout, settings).rho_rows
         return [sampled_rho(query, key, self.layout, rows, self.scaling).rho for query, key, _ in self.states]
 

@@ -32,7 +32,7 @@ class CompressionSettings:
     Attributes:
         method: all options of the algorithm.
         modes: planned mode of each layer.
-        shares: relative budget of each layer.
+        layer_ratios: for an overall ratio of entries, the relative budgets of the layers.
         budget: ratio of the prompt, or entries per layer on average.
         check: online comparison of rho with the plan, or ``None``.
         rho_rows: rows per modality sampled where rho is measured online.
@@ -41,11 +41,21 @@ class CompressionSettings:
 
     method: MethodParameters
     modes: tuple[Mode, ...]
-    shares: tuple[float, ...]
+    layer_ratios: Callable[[float], Sequence[float]]
     budget: Budget
     check: OnlineCheck | None = None
     rho_rows: int = 128
     seed: int = 0
+
+    def layer_entries(self, length: int) -> list[int]:
+        """Entries that each layer keeps of a prompt of `length` tokens; the sum is exactly the budget's."""
+        ratio = self.budget if isinstance(self.budget, float) else min(1.0, self.budget / length)
+        return layer_entries(self.layer_ratios(ratio), length, self.budget)
+
+
+def uniform_ratios(layers: int) -> Callable[[float], Sequence[float]]:
+    """Equal budgets for every layer."""
+    return lambda ratio: (ratio,) * layers
 
 
 class FlowLayer(DynamicLayer):
@@ -180,7 +190,7 @@ class Prompt:
         """
         if min(layout.lengths) == 0:
             raise InputError(f"row {layout.lengths.index(0)} of the batch holds nothing but padding")
-        by_row = [layer_entries(settings.shares, length, settings.budget) for length in layout.lengths]
+        by_row = [settings.layer_entries(length) for length in layout.lengths]
         counts = tuple(zip(*by_row, strict=True))
         generator = torch.Generator().manual_seed(settings.seed)
         strata = (layout.visual, layout.valid & ~layout.visual)
@@ -335,7 +345,8 @@ class FlowCache(Cache):
         if settings.check is not None and rho is not None:
             cross = settings.check.adapt(cross, rho, layer, method)
         bytes_before, compressed = states.nbytes, None
-        if not prompt.whole:
+        # A padded layer goes through even when it keeps everything: its padding must leave.
+        if not prompt.whole and (counts != layout.lengths or layout.padded):
             compressed = compress_layer(
                 query, key, value, layout, prompt.proxies, counts, cross, method, scaling, self._rotary, layer
             )

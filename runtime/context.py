@@ -147,7 +147,7 @@ def _settings(plan: Plan, method: MethodParameters, budget: Budget, check: Check
     return CompressionSettings(
         method=method,
         modes=tuple(layer.mode for layer in plan.layers),
-        shares=tuple(layer.budget for layer in plan.layers),
+        layer_ratios=plan.layer_budgets,
         budget=budget,
         check=None if check is None else OnlineCheck(check, tuple(map(_planned_rho, plan.layers))),
     )
