@@ -159,7 +159,7 @@ def test_rotary_round_trip_and_both_host_layouts() -> None:
     ids=str,
 )
 def test_options_run_on_the_host_and_equal_the_oracle(options: dict[str, Any]) -> None:
-    model = tiny_model()
+    model: Any = tiny_model()
     plan = unprofiled_plan(fingerprint_model(model), flowmm_version=flowmm.__version__)
     inputs = tiny_inputs([[5, -16, 7, -25, 9, -9, 40], [4, -9, 16]])
     method = MethodParameters.model_validate({"proxies": "last_text:6", "n_sink": 1, **options})
@@ -172,7 +172,7 @@ def test_options_run_on_the_host_and_equal_the_oracle(options: dict[str, Any]) -
 
 def test_unrotated_keys_of_equal_tokens_are_equal() -> None:
     """On the host, layer 0 keys depend on token and position only; undoing the rotation leaves the token."""
-    model = tiny_model(layers=1)
+    model: Any = tiny_model(layers=1)
     plan = unprofiled_plan(fingerprint_model(model), flowmm_version=flowmm.__version__)
     ids = torch.full((1, 12), 7)
     seen: list[torch.Tensor] = []
