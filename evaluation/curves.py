@@ -11,8 +11,8 @@ from flowmm.evaluation.methods import FULL
 from flowmm.evaluation.summary import AVERAGE, SummaryRow
 
 PANEL_WIDTH, PANEL_HEIGHT = 340, 260
-LEFT, TOP, GAP, BOTTOM = 54, 40, 44, 44
-LEGEND_WIDTH = 190
+LEFT, TOP, GAP, BOTTOM = 68, 40, 62, 44
+LEGEND_WIDTH = 170
 # Distinguishable without colour vision (Okabe and Ito), dark enough on white; more methods start again, dashed.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#333333")
 INK, FAINT = "#222222", "#d9d9d9"
@@ -51,7 +51,7 @@ def budget_curves(rows: Sequence[SummaryRow]) -> str:
     height = TOP + PANEL_HEIGHT + BOTTOM
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        f'font-family="system-ui, Helvetica, Arial, sans-serif" font-size="12" fill="{INK}">',
+        f'font-family="system-ui, Helvetica, Arial, DejaVu Sans, sans-serif" font-size="12" fill="{INK}">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
     ]
     for place, protocol in enumerate(protocols):
@@ -61,9 +61,12 @@ def budget_curves(rows: Sequence[SummaryRow]) -> str:
         parts += _axes(scale, protocol, "accuracy" if labelled else "KL to the full cache (nats)", first=place == 0)
         parts += _full_line(scale, [row for row in panel if row.method == FULL])
         for number, method in enumerate(methods):
-            parts += _curve(scale, [row for row in panel if row.method == method], number)
+            # Neighbouring intervals would hide each other.
+            aside = (number - (len(methods) - 1) / 2) * min(4.0, 24 / len(methods))
+            parts.append(f'<g transform="translate({aside:.1f} 0)">')
+            parts += [*_curve(scale, [row for row in panel if row.method == method], number), "</g>"]
         parts.append("</g>")
-    parts += _legend(methods, LEFT + len(protocols) * (PANEL_WIDTH + GAP) - 16)
+    parts += _legend(methods, LEFT + len(protocols) * (PANEL_WIDTH + GAP) - 30)
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -81,7 +84,7 @@ def _axes(scale: Scale, title: str, quantity: str, first: bool) -> list[str]:
     middle = f'x="{PANEL_WIDTH / 2}" y="{PANEL_HEIGHT + 36}" text-anchor="middle"'
     parts.append(f"<text {middle}>KV budget</text>")
     if first:
-        place = f"translate(-42 {PANEL_HEIGHT / 2}) rotate(-90)"
+        place = f"translate(-54 {PANEL_HEIGHT / 2}) rotate(-90)"
         parts.append(f'<text transform="{place}" text-anchor="middle">{quantity}</text>')
     return parts
 

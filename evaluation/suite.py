@@ -11,7 +11,6 @@ import numpy as np
 
 from flowmm.pocket import tasks
 from flowmm.pocket.tasks import TASKS, Question, Scene, asked_scene, stream
-from flowmm.profiler import load_calibration
 
 POCKET = "pocket"
 UNLABELLED = "fidelity"
@@ -96,6 +95,8 @@ def unlabelled_cases(data: str, limit: int | None = None, seed: int = 0) -> list
     Raises:
         InputError: no such data, nothing in it, or a line that is not a prompt.
     """
+    from flowmm.profiler import load_calibration
+
     cases = []
     for index, sample in enumerate(load_calibration(data, limit=limit, seed=seed)):
         *history, last = sample.messages

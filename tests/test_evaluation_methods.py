@@ -1,0 +1,70 @@
+"""Methods by name on the command line."""
+
+from __future__ import annotations
+
+import pytest
+
+from flowmm.errors import InputError
+from flowmm.evaluation.methods import CONTROLS, parse_methods
+from flowmm.plans import PRESETS, MethodParameters
+from flowmm.plans.method import MERGE_OPERATORS
+
+
+def parameters(name: str) -> MethodParameters:
+    (method,) = parse_methods(name, theta=0.3)
+    assert method.parameters is not None
+    return method.parameters
+
+
+def test_full_has_no_parameters() -> None:
+    assert parse_methods("full", 0.25)[0].parameters is None
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_take_the_plans_theta(preset: str) -> None:
+    assert parameters(preset) == MethodParameters.from_preset(preset, theta=0.3)
+
+
+def test_changes_belong_to_the_name_before_them() -> None:
+    methods = parse_methods("full,robust:merge=tangent,gate=false,flow=off:any,paper", 0.25)
+    assert [method.name for method in methods] == ["full", "robust:merge=tangent,gate=false,flow=off:any", "paper"]
+    changed = methods[1].parameters
+    assert changed is not None
+    assert (changed.merge, changed.gate, changed.flow) == ("tangent", False, "off:any")
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_controls_change_a_preset(control: str) -> None:
+    assert parameters(control).preset == "robust"
+    assert parameters(f"paper:{control}").preset == "paper"
+    assert parameters(control).model_dump() != parameters("robust").model_dump()
+
+
+@pytest.mark.parametrize("operator", MERGE_OPERATORS)
+def test_every_merge_operator_has_a_short_name(operator: str) -> None:
+    names = [method.name for method in parse_methods(f"full,robust,merge={operator}", 0.25)]
+    assert names == ["full", "robust", f"merge={operator}"]
+    assert parameters(f"merge={operator}").merge == operator
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("best", "best"),
+        ("robust:merge=best", "merge"),
+        ("robust:colour=red", "colour"),
+        ("robust:merge", "merge"),
+        ("robust,robust", "twice"),
+        ("full:gate=false", "full"),
+        ("", "no method"),
+    ],
+)
+def test_mistakes_are_named(text: str, found: str) -> None:
+    with pytest.raises(InputError, match=found):
+        parse_methods(text, 0.25)
+
+
+def test_digest_changes_with_parameters_only() -> None:
+    names = ("robust:merge=tangent", "merge=tangent", "merge=mass")
+    long, short, other = (parse_methods(name, 0.25)[0].digest for name in names)
+    assert long == short != other

@@ -1,0 +1,163 @@
+"""Grids: every cell once, also after an interruption, and never rows of another model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_checkpoint import write_checkpoint
+
+import flowmm
+from flowmm.errors import InputError, PlanMismatchError
+from flowmm.evaluation import records
+from flowmm.evaluation.methods import parse_methods
+from flowmm.evaluation.records import Row, RowStore
+from flowmm.evaluation.runner import Grid, evaluate, identity_of
+from flowmm.evaluation.suite import Case, pocket_cases
+from flowmm.models import LoadedModel, load_model
+from flowmm.plans import Plan, unprofiled_plan
+
+GRID = Grid(tuple(parse_methods("full,robust,evict", 0.25)), (0.1, 0.3), ("aware", "blind"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load_model(str(write_checkpoint(tmp_path_factory.mktemp("tiny"))), dtype="fp32")
+
+
+@pytest.fixture(scope="module")
+def plan(model: LoadedModel) -> Plan:
+    return unprofiled_plan(model.fingerprint(), flowmm_version=flowmm.__version__)
+
+
+@pytest.fixture(scope="module")
+def cases() -> list[Case]:
+    return pocket_cases("validation", 2, ["text_needle", "find"])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model: LoadedModel, plan: Plan, cases: list[Case]) -> list[Row]:
+    return evaluate(model, plan, cases, GRID)
+
+
+@pytest.fixture
+def store(tmp_path: Path, model: LoadedModel, plan: Plan) -> RowStore:
+    return RowStore(tmp_path / "run", identity_of(model, plan))
+
+
+def fresh(store: RowStore) -> RowStore:
+    """As a new process sees the same directory."""
+    return RowStore(store.table.parent, store.identity)
+
+
+def test_every_cell_is_measured_once(uninterrupted: list[Row], cases: list[Case]) -> None:
+    per_case = len(GRID.protocols) * (1 + 2 * len(GRID.budgets))
+    assert len(uninterrupted) == len({row.key for row in uninterrupted}) == len(cases) * per_case
+    assert [row.budget for row in uninterrupted[:5]] == [1.0, 0.1, 0.1, 0.3, 0.3]
+
+
+def test_rows_say_what_was_kept(uninterrupted: list[Row]) -> None:
+    for row in uninterrupted:
+        assert row.kept == (row.tokens if row.method == "full" else int(row.budget * row.tokens + 1e-9))
+        assert row.bytes / row.full_bytes == pytest.approx(row.kept / row.tokens)
+        assert row.kl >= 0
+
+
+class KilledError(Exception):
+    pass
+
+
+def kill_after(units: int) -> object:
+    def progress(finished: int, total: int) -> None:
+        if finished == units:
+            raise KilledError
+
+    return progress
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 500])
+def test_an_interrupted_grid_goes_on_where_it_stopped(
+    model: LoadedModel,
+    plan: Plan,
+    cases: list[Case],
+    uninterrupted: list[Row],
+    store: RowStore,
+    monkeypatch: pytest.MonkeyPatch,
+    chunk: int,
+) -> None:
+    monkeypatch.setattr(records, "CHUNK_ROWS", chunk)
+    with pytest.raises(KilledError):
+        evaluate(model, plan, cases, GRID, store=store, progress=kill_after(3))  # ty: ignore[invalid-argument-type]
+    assert len(fresh(store).load()) == 3 * 5
+    assert not store.table.exists()
+    rows = evaluate(model, plan, cases, GRID, store=fresh(store))
+    assert rows == uninterrupted
+    assert list(fresh(store).load().values()) == uninterrupted
+    assert not store.parts.exists()
+
+
+def test_a_kill_without_warning_loses_the_open_chunk_only(
+    model: LoadedModel,
+    plan: Plan,
+    cases: list[Case],
+    uninterrupted: list[Row],
+    store: RowStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(records, "CHUNK_ROWS", 10)
+    monkeypatch.setattr(RowStore, "finish", lambda self: None)
+    monkeypatch.setattr(store, "flush", flush_if_full(store))
+    with pytest.raises(KilledError):
+        evaluate(model, plan, cases, GRID, store=store, progress=kill_after(5))  # ty: ignore[invalid-argument-type]
+    (store.parts / "000099.parquet.tmp").write_bytes(b"half a fi")
+    assert len(fresh(store).load()) == 20
+    assert evaluate(model, plan, cases, GRID, store=fresh(store)) == uninterrupted
+
+
+def flush_if_full(store: RowStore) -> object:
+    """``kill -9`` runs no cleanup: the last, half-full chunk is never written."""
+    real = store.flush
+
+    def flush() -> None:
+        if len(store._open) >= records.CHUNK_ROWS:
+            real()
+
+    return flush
+
+
+def test_a_finished_grid_can_grow(model: LoadedModel, plan: Plan, cases: list[Case], store: RowStore) -> None:
+    evaluate(model, plan, cases[:1], GRID, store=store)
+    larger = replace(GRID, budgets=(0.1, 0.2, 0.3))
+    measured = []
+    evaluate(model, plan, cases[:2], larger, store=fresh(store), progress=lambda *at: measured.append(at))
+    assert measured[-1] == (4, 4)
+    assert len(fresh(store).load()) == 2 * 2 * 7
+
+
+def test_rows_of_another_plan_are_refused(model: LoadedModel, plan: Plan, cases: list[Case], store: RowStore) -> None:
+    evaluate(model, plan, cases[:1], GRID, store=store)
+    forced = tuple(layer.model_copy(update={"mode": "cross", "forced": True}) for layer in plan.layers)
+    other = RowStore(store.table.parent, identity_of(model, plan.model_copy(update={"layers": forced})))
+    with pytest.raises(InputError, match=r"another plan.*--no-resume"):
+        other.load()
+    other.discard()
+    assert other.load() == {}
+
+
+def test_a_damaged_file_is_named(store: RowStore) -> None:
+    store.parts.mkdir(parents=True)
+    (store.parts / "000001.parquet").write_bytes(b"no parquet")
+    with pytest.raises(InputError, match=r"000001\.parquet"):
+        store.load()
+
+
+def test_a_plan_of_another_model_is_refused(model: LoadedModel, cases: list[Case]) -> None:
+    with pytest.raises(PlanMismatchError):
+        evaluate(model, Plan.load(Path(flowmm.__file__).parent / "plans" / "qwen25vl.json"), cases, GRID)
+
+
+@pytest.mark.parametrize(("budgets", "protocols"), [((0.0,), ("aware",)), ((1.5,), ("aware",)), ((0.2,), ("deaf",))])
+def test_impossible_grids_are_refused(budgets: tuple[float, ...], protocols: tuple[str, ...]) -> None:
+    with pytest.raises(InputError):
+        Grid(GRID.methods, budgets, protocols)
