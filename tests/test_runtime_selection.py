@@ -184,7 +184,7 @@ def test_unrotated_keys_of_equal_tokens_are_equal() -> None:
             original(cos, sin, sections)
             seen.append(Rotary.from_host(cos, sin, sections).cos)
 
-        cache.see_rotary = watch  # ty: ignore[invalid-assignment]
+        cache.see_rotary = watch
         model(input_ids=ids, past_key_values=cache)
     assert seen[0].shape == (1, 12, 16)
     with torch.no_grad():
