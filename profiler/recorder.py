@@ -10,12 +10,26 @@ import torch
 from torch import Tensor
 
 from flowmm.models import visual_mask
+from flowmm.profiler.sinks import SINK_MASS, columns_as_classes, sink_candidates
 from flowmm.runtime.attention import attached
-from flowmm.runtime.flow import attention_with_class_mass, rho_per_head, rho_without_sinks, uniform_rho
+from flowmm.runtime.flow import (
+    INDICATOR_WIDTH,
+    attention_with_class_mass,
+    rho_per_head,
+    rho_without,
+    sample_rows,
+    sampled_rho,
+    uniform_rho,
+)
 from flowmm.runtime.prompt import PromptLayout
 
 # Tokens before the first image that may act as attention sinks; their columns get a class of their own.
 MAX_SINKS = 4
+# Visual columns and the first tokens take two of the indicator columns.
+MAX_CANDIDATES = INDICATOR_WIDTH - 2
+ROW_SEED = 0
+
+SampledRows = tuple[tuple[Tensor, Tensor], ...]
 
 
 @dataclass(frozen=True)
@@ -24,24 +38,35 @@ class LayerFlow:
 
     Attributes:
         rho: eq. 6-7, share of the attention mass that crosses modalities.
-        rho_nosink: the same without the sink rows and columns.
+        rho_nosink: the same without the rows and columns of the prompt's first tokens (:attr:`PromptFlow.sinks`).
+        rho_nosink_auto: the same without `sink_columns`.
         text_mass_of_visual: mean mass of visual rows on text columns (0 without visual rows).
         visual_mass_of_text: mean mass of text rows on visual columns (0 without text rows).
-        sink_mass: mean mass of all rows on the sink columns.
+        sink_mass: mean mass of all rows on the first tokens.
+        sink_columns: at most six columns whose mean mass over rows and heads exceeds 0.1, counted without padding.
+        sink_column_masses: that mass, one number per sink column.
+        sampled_rho: mean over heads from sampled rows; None unless asked for.
+        sampled_error: standard error of `sampled_rho`.
     """
 
     rho: list[float]
     rho_nosink: list[float]
+    rho_nosink_auto: list[float]
     text_mass_of_visual: list[float]
     visual_mass_of_text: list[float]
     sink_mass: list[float]
+    sink_columns: list[int]
+    sink_column_masses: list[float]
+    sampled_rho: float | None = None
+    sampled_error: float | None = None
 
 
 @dataclass(frozen=True)
 class PromptFlow:
     """One calibration prompt: its layout and the flow of every layer.
 
-    ``uniform_rho`` is the chance level: rho of uniform causal attention over the same layout.
+    ``sinks`` counts the text tokens before the first image, at most 4. ``uniform_rho`` is the chance level: rho of
+    uniform causal attention over the same layout.
     """
 
     tokens: int
@@ -55,11 +80,11 @@ class PromptFlow:
 class FlowRecorder:
     """A flow that runs the attention itself, with indicator columns, and notes each layer's class masses."""
 
-    def __init__(self, layout: PromptLayout, sinks: int) -> None:
+    def __init__(self, layout: PromptLayout, sinks: int, rows: SampledRows | None = None) -> None:
         self.layout = layout
-        self.sinks = sinks
-        sink_columns = layout.valid & (layout.rank < sinks)
-        self._classes = torch.stack([layout.visual, sink_columns], dim=-1)
+        self.rows = rows
+        self._first = layout.valid & (layout.rank < sinks)
+        self._classes = torch.stack([layout.visual, self._first], dim=-1)
         self.masses: list[dict[str, Tensor]] = []
 
     def attend(
@@ -73,49 +98,82 @@ class FlowRecorder:
         base: Callable[[], Any],
     ) -> tuple[Tensor, None]:
         """The layer's output, from the call that also gives the masses; `base` is never run."""
-        output, masses = attention_with_class_mass(query, key, value, self._classes, mask, scaling)
-        visual, sink = masses.double().unbind(-1)
-        layout = self.layout
-        text_rows = layout.valid & ~layout.visual
-        self.masses.append(
-            {
-                "rho": rho_per_head(visual, layout),
-                "rho_nosink": rho_without_sinks(visual, sink, layout, self.sinks),
-                "text_mass_of_visual": _mean_over(1 - visual, layout.visual),
-                "visual_mass_of_text": _mean_over(visual, text_rows),
-                "sink_mass": _mean_over(sink, layout.valid),
-            }
-        )
+        candidates = sink_candidates(query, key, self.layout, scaling, MAX_CANDIDATES)
+        classes = torch.cat([self._classes, columns_as_classes(candidates, value.shape[2])], dim=-1)
+        output, masses = attention_with_class_mass(query, key, value, classes, mask, scaling)
+        numbers = self._estimates(masses.double(), candidates)
+        if self.rows is not None:
+            estimate = sampled_rho(query, key, self.layout, self.rows, scaling)
+            numbers |= {"sampled_rho": estimate.rho, "sampled_error": estimate.standard_error}
+        self.masses.append(numbers)
         return output.transpose(1, 2).contiguous(), None
+
+    def _estimates(self, masses: Tensor, candidates: Tensor) -> dict[str, Tensor]:
+        layout = self.layout
+        visual, first, of_candidates = masses[..., 0], masses[..., 1], masses[..., 2:]
+        candidate_mass = _mean_over(of_candidates.mean(1).transpose(1, 2), layout.valid[:, None])
+        is_sink = candidate_mass > SINK_MASS
+        sink_is_visual = is_sink & layout.visual.gather(1, candidates.clamp(min=0))
+        deleted = columns_as_classes(torch.where(is_sink, candidates, -1), visual.shape[-1]).any(-1)
+        return {
+            "rho": rho_per_head(visual, layout),
+            "rho_nosink": rho_without(visual, first, layout, self._first),
+            "rho_nosink_auto": rho_without(
+                visual - of_candidates @ sink_is_visual[0].double(),
+                of_candidates @ is_sink[0].double(),
+                layout,
+                deleted,
+            ),
+            "text_mass_of_visual": _mean_over(1 - visual, layout.visual[:, None]),
+            "visual_mass_of_text": _mean_over(visual, (layout.valid & ~layout.visual)[:, None]),
+            "sink_mass": _mean_over(first, layout.valid[:, None]),
+            "sink_columns": torch.where(is_sink, candidates, -1),
+            "sink_column_masses": candidate_mass,
+        }
+
+    def layers(self) -> list[LayerFlow]:
+        """What was noted, on the host."""
+        padding = int(self.layout.valid.shape[-1] - self.layout.lengths[0])
+        return [_layer_flow({name: one[0].tolist() for name, one in layer.items()}, padding) for layer in self.masses]
+
+
+def _layer_flow(numbers: dict[str, Any], padding: int) -> LayerFlow:
+    columns, masses = numbers.pop("sink_columns"), numbers.pop("sink_column_masses")
+    # Columns of left-padded inputs start after the padding.
+    sinks = sorted((column - padding, mass) for column, mass in zip(columns, masses, strict=True) if column >= 0)
+    return LayerFlow(
+        **numbers, sink_columns=[column for column, _ in sinks], sink_column_masses=[mass for _, mass in sinks]
+    )
 
 
 def _mean_over(rows: Tensor, chosen: Tensor) -> Tensor:
-    """Mean of ``[B, Hq, L]`` over the chosen rows ``[B, L]``; 0 where none is."""
-    return torch.where(chosen[:, None], rows, 0.0).sum(-1) / chosen.sum(-1).clamp(min=1)[:, None]
+    """Mean of ``[B, N, L]`` over the chosen rows ``[B, 1, L]``; 0 where none is."""
+    return torch.where(chosen, rows, 0.0).sum(-1) / chosen.sum(-1).clamp(min=1)
 
 
 @torch.no_grad()
-def record_flow(model: Any, inputs: dict[str, Tensor]) -> PromptFlow:
+def record_flow(model: Any, inputs: dict[str, Tensor], *, sampled_rows: int | None = None) -> PromptFlow:
     """Flow of every layer on one prompt, in one forward pass with fused attention.
 
     Args:
         model: a transformers vision-language model, sdpa or eager.
-        inputs: of one prompt, batch size 1; padding is allowed and ignored.
+        inputs: of one prompt, batch size 1; left padding is allowed and ignored.
+        sampled_rows: also estimate rho from so many rows of each modality, as a run's online check does.
     """
     ids = inputs["input_ids"]
     valid = inputs.get("attention_mask", torch.ones_like(ids)).bool()
     layout = PromptLayout.from_masks(visual_mask(model.config, ids), valid)
-    recorder = FlowRecorder(layout, _count_sinks(layout))
+    sinks = _count_sinks(layout)
+    recorder = FlowRecorder(layout, sinks, None if sampled_rows is None else _draw_rows(layout, sampled_rows))
     with attached(model, lambda _: recorder):
         model(**inputs, use_cache=False, logits_to_keep=1)
-    columns = [{name: per_head[0].tolist() for name, per_head in layer.items()} for layer in recorder.masses]
     return PromptFlow(
         tokens=layout.lengths[0],
         visual_tokens=int(layout.visual.sum()),
         images=len(inputs.get("image_grid_thw", ())),
-        sinks=recorder.sinks,
+        sinks=sinks,
         uniform_rho=float(uniform_rho(layout)[0]),
-        layers=[LayerFlow(**layer) for layer in columns],
+        layers=recorder.layers(),
     )
 
 
@@ -123,3 +181,9 @@ def _count_sinks(layout: PromptLayout) -> int:
     """Text tokens before the first visual one, at most :data:`MAX_SINKS`."""
     first_visual = torch.where(layout.visual.any(), (layout.rank + (~layout.visual) * layout.valid.shape[1]).min(), 0)
     return min(MAX_SINKS, int(first_visual))
+
+
+def _draw_rows(layout: PromptLayout, count: int) -> SampledRows:
+    """The same rows for every layer and on every rank."""
+    generator = torch.Generator().manual_seed(ROW_SEED)
+    return tuple(sample_rows(stratum, count, generator) for stratum in (layout.visual, layout.valid & ~layout.visual))

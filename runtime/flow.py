@@ -73,19 +73,34 @@ def rho_per_head(visual_mass: Tensor, layout: PromptLayout) -> Tensor:
 
 
 def rho_without_sinks(visual_mass: Tensor, sink_mass: Tensor, layout: PromptLayout, n_sinks: int) -> Tensor:
-    """:func:`rho_per_head` after deleting the first `n_sinks` rows and columns and renormalising the other rows.
+    """:func:`rho_without` the first `n_sinks` tokens of each row, which must be text.
 
     Args:
         visual_mass: ``[B, Hq, L]``, mass on visual columns.
-        sink_mass: ``[B, Hq, L]``, mass on the first `n_sinks` columns, which must be text.
+        sink_mass: ``[B, Hq, L]``, mass on the first `n_sinks` columns.
         layout: modality and padding.
         n_sinks: deleted tokens of each row.
     """
-    left = 1 - sink_mass
+    return rho_without(visual_mass, sink_mass, layout, layout.rank < n_sinks)
+
+
+def rho_without(visual_mass: Tensor, deleted_mass: Tensor, layout: PromptLayout, deleted: Tensor) -> Tensor:
+    """:func:`rho_per_head` after deleting rows and columns and renormalising the other rows (G12).
+
+    Args:
+        visual_mass: ``[B, Hq, L]``, mass on the visual columns that stay.
+        deleted_mass: ``[B, Hq, L]``, mass on the deleted columns.
+        layout: modality and padding.
+        deleted: ``[B, L]`` bool.
+
+    Returns:
+        ``[B, Hq]``; 0 where no row stays.
+    """
+    left = 1 - deleted_mass
     # Anything a row has left below rounding error is noise, not flow.
     crossing = torch.where(layout.visual[:, None], left - visual_mass, visual_mass) / left.clamp(min=1e-6)
-    rows = (layout.valid & (layout.rank >= n_sinks))[:, None]
-    return torch.where(rows & (left > 1e-6), crossing, 0.0).sum(-1) / rows.sum(-1)
+    rows = (layout.valid & ~deleted)[:, None]
+    return torch.where(rows & (left > 1e-6), crossing, 0.0).sum(-1) / rows.sum(-1).clamp(min=1)
 
 
 def uniform_rho(layout: PromptLayout) -> Tensor:

@@ -1,0 +1,151 @@
+"""How much each layer minds being compressed: label-free next-token KL against the full cache, one layer at a time.
+
+The prefill of a prompt is shared by all its measurements, so a curve costs decode steps, not prefills. Costs of layers
+add up well enough to share a budget between them (:mod:`flowmm.plans.allocation`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from flowmm.errors import InputError
+from flowmm.models import LoadedModel
+from flowmm.plans import MethodParameters, Mode, Plan
+from flowmm.profiler.calibration import CalibrationSample
+from flowmm.runtime.cache import CompressionSettings, FlowCache
+from flowmm.runtime.replay import (
+    Conversations,
+    Prefill,
+    Trial,
+    answer_greedily,
+    build_trial,
+    divergence,
+    feed,
+    prefill,
+    reading_caches,
+)
+
+RATIOS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.65)
+# Tokens of the full cache's own answer on which a compressed cache is compared with it.
+ANSWER_TOKENS = 4
+
+Message = Mapping[str, Any]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Curves of all layers.
+
+    Attributes:
+        ratios: measured ratios of entries kept, rising.
+        cost: ``[prompts, layers, ratios]`` fp64: KL(full || compressed) in nats, mean over answer tokens and protocols,
+            with that layer alone compressed.
+    """
+
+    ratios: tuple[float, ...]
+    cost: np.ndarray
+
+    def curves(self) -> list[list[tuple[float, float]]]:
+        """Per layer, (ratio, mean cost over prompts)."""
+        mean = self.cost.mean(0)
+        return [list(zip(self.ratios, map(float, layer), strict=True)) for layer in mean]
+
+
+def aware(messages: Sequence[Message]) -> Conversations | None:
+    """The whole prompt is compressed; its last token is then read again."""
+    return Conversations(list(messages), list(messages), opened=True, fed_again=1)
+
+
+def blind(messages: Sequence[Message]) -> Conversations | None:
+    """The last text of the prompt is its question: what stands before is compressed, the question is fed afterwards.
+
+    ``None`` where the last turn does not end with a text behind other parts.
+    """
+    *history, last = messages
+    content = last.get("content")
+    if isinstance(content, str) or not content or len(content) < 2 or content[-1].get("type") != "text":
+        return None
+    context = {**last, "content": list(content[:-1])}
+    return Conversations([*history, context], list(messages), opened=False)
+
+
+PROTOCOLS: dict[str, Callable[[Sequence[Message]], Conversations | None]] = {"aware": aware, "blind": blind}
+
+
+def measure_sensitivity(
+    model: LoadedModel,
+    plan: Plan,
+    samples: Sequence[CalibrationSample],
+    *,
+    protocols: Sequence[str] = ("aware", "blind"),
+    ratios: Sequence[float] = RATIOS,
+    method: MethodParameters | None = None,
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """Measure every layer's curve on calibration prompts.
+
+    Args:
+        model: loaded with sdpa or eager attention.
+        plan: gives each layer's mode.
+        samples: calibration prompts; their answers are not needed.
+        protocols: ``aware``, ``blind`` or both (their costs are averaged).
+        ratios: entries kept in the one compressed layer.
+        method: of the compression; default the plan's.
+        progress: called with (finished, total) prompts.
+
+    Raises:
+        InputError: an unknown protocol, or no prompt that fits any of the protocols.
+    """
+    unknown = [name for name in protocols if name not in PROTOCOLS]
+    if unknown or not protocols:
+        raise InputError(f"protocols {list(protocols)}: expected one or more of {', '.join(PROTOCOLS)}")
+    ratios = tuple(sorted(ratios))
+    costs = []
+    for done, sample in enumerate(samples, start=1):
+        chats = [PROTOCOLS[name](sample.messages) for name in protocols]
+        rows = [_prompt_cost(model, plan, build_trial(model, chat), ratios, method) for chat in chats if chat is not None]
+        if rows:
+            costs.append(np.mean(rows, axis=0))
+        if progress is not None:
+            progress(done, len(samples))
+    if not costs:
+        raise InputError(
+            f"no calibration prompt fits {' or '.join(protocols)}: 'blind' needs prompts whose last turn ends with a "
+            "text behind other parts"
+        )
+    return Sensitivity(ratios, np.stack(costs))
+
+
+def _prompt_cost(
+    model: LoadedModel, plan: Plan, trial: Trial, ratios: Sequence[float], method: MethodParameters | None
+) -> np.ndarray:
+    """``[layers, ratios]`` of one prompt under one protocol."""
+    host, prefilled = model.model, prefill(model.model, trial)
+    modes = prefilled.modes(plan)
+    with reading_caches(host):
+        full = prefilled.full_cache(trial.fed_again)
+        tokens = answer_greedily(host, full, trial.continuation, trial.positions, ANSWER_TOKENS).tokens
+        forced = torch.cat([trial.continuation, tokens[:, :-1]], dim=1)
+        places = trial.positions[..., :1] + torch.arange(forced.shape[1], device=forced.device)
+        wanted = feed(host, prefilled.full_cache(trial.fed_again), forced, places, keep=ANSWER_TOKENS)
+        rows = []
+        for layer in range(len(modes)):
+            caches = [_one_layer(prefilled, modes, method or plan.method, layer, ratio, trial) for ratio in ratios]
+            logits = feed(host, FlowCache.stack(caches), forced.expand(len(caches), -1), places, keep=ANSWER_TOKENS)
+            rows.append(divergence(wanted, logits).mean(-1).double().cpu().numpy())
+    return np.stack(rows)
+
+
+def _one_layer(
+    prefilled: Prefill, modes: tuple[Mode, ...], method: MethodParameters, layer: int, ratio: float, trial: Trial
+) -> FlowCache:
+    """The full cache, except that one layer keeps only `ratio` of its entries."""
+    ratios = tuple(ratio if index == layer else 1.0 for index in range(len(modes)))
+    settings = CompressionSettings(method, modes, lambda _: ratios, budget=sum(ratios) / len(ratios))
+    return prefilled.cache(settings, trial.fed_again)
