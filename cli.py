@@ -207,6 +207,24 @@ class BudgetType(click.ParamType):
         return ratio
 
 
+class ShareType(click.ParamType):
+    """A share in [0, 1], written 0.01 or 1%."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The share as a float."""
+        if isinstance(value, float):
+            return value
+        try:
+            share = float(value[:-1]) / 100 if value.endswith("%") else float(value)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share <= 1:
+            self.fail(f"{value!r}: expected a share such as 0.01 or 1%")
+        return share
+
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -283,9 +301,11 @@ def _warnings_as_notes() -> Generator[None]:
 @click.option("--model", required=True, help="Alias (see 'flowmm models'), checkpoint directory or hub id.")
 @click.option(
     "--data",
-    default="pocket",
+    multiple=True,
+    default=["pocket"],
     show_default=True,
-    help="Calibration prompts: a JSONL file, a folder of images, or 'pocket' for generated ones.",
+    help="Calibration prompts: JSONL, JSON or parquet, a MileBench folder, a folder of images or of parquet files, - "
+    "for JSONL on stdin, 'pocket' for generated ones. Repeatable.",
 )
 @click.option("--prompt", help="The question for a folder of images.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Plan file.  [default: plans/MODEL.json]")
@@ -297,8 +317,31 @@ def _warnings_as_notes() -> Generator[None]:
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many prompts (generated ones: 64 by default).")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--theta", type=click.FloatRange(0, 1), help="rho above theta: a cross-modal layer.  [default: 0.25]")
+@click.option(
+    "--decide",
+    type=click.Choice(["theta", "lift"]),
+    default="theta",
+    show_default=True,
+    help="A layer is cross-modal if rho exceeds theta, or if it exceeds that of uniform attention.",
+)
+@click.option(
+    "--rho-kind",
+    type=click.Choice(["raw", "nosink", "nosink_auto", "balanced", "v2t", "t2v"]),
+    help="The estimate of rho that is compared with theta.  [default: raw]",
+)
 @click.option("--budget", type=BudgetType(), help="Share of the prompt's entries kept, such as 0.2 or 20%.")
 @PRESET_OPTION
+@click.option(
+    "--until-ci",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="WIDTH",
+    help="Stop when half the 95 % interval of every layer's estimate is at most this, such as 0.02.",
+)
+@click.option(
+    "--max-bad", type=ShareType(), default="1%", show_default=True, help="Fail if more of the prompts cannot be read."
+)
+@click.option("--sample-rows", type=click.IntRange(min=2), help="Also record rho from so many rows per modality.")
+@click.option("--dry-run", is_flag=True, help="Say what this would cost, from a few prompts, and write nothing.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Use prompts measured by an earlier run.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing plan file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
@@ -306,56 +349,98 @@ def _warnings_as_notes() -> Generator[None]:
 @_loading_options
 def profile(
     model: str,
-    data: str,
+    data: tuple[str, ...],
     prompt: str | None,
     out: Path | None,
     records: Path | None,
     limit: int | None,
     seed: int,
     theta: float | None,
+    decide: str,
+    rho_kind: str | None,
     budget: float | int | None,
     preset: str | None,
+    until_ci: float | None,
+    max_bad: float,
+    sample_rows: int | None,
+    dry_run: bool,
     resume: bool,
     overwrite: bool,
     as_json: bool,
     quiet: bool,
+    device: str,
     **loading: Any,
 ) -> None:
-    """Measure how much attention crosses modalities in each layer of a model, and freeze it in a plan file."""
+    """Measure how much attention crosses modalities in each layer of a model, and freeze it in a plan file.
+
+    Several processes share the prompts: torchrun --nproc-per-node 2 --no-python flowmm profile ...
+    """
     import json
     import time
 
+    if decide == "lift" and rho_kind is not None:
+        raise click.UsageError("--decide lift compares with uniform attention; --rho-kind goes with --decide theta")
     start = time.monotonic()
-    out = _plan_target(out, model, overwrite)
-    method = _method(preset, theta=theta, budget=budget)
+    out = _plan_target(out, model, overwrite or dry_run)
+    method = _method(preset, theta=theta, budget=budget, rho_kind="lift" if decide == "lift" else rho_kind)
 
     from flowmm.models import load_model, resolve_source
     from flowmm.models.fingerprint import public_source
-    from flowmm.profiler import load_calibration
+    from flowmm.profiler import open_calibration
     from flowmm.profiler import profile as measure
+    from flowmm.profiler.calibration import calibration_name
     from flowmm.profiler.progress import shown_progress
+    from flowmm.profiler.ranks import is_first_rank, rank_device, refuse_shared_stdin
 
+    refuse_shared_stdin(data)
     photographs = public_source(resolve_source(model)) != "pocket"
-    samples = load_calibration(data, limit=limit, seed=seed, prompt=prompt, photo_size=photographs)
-    if data == "pocket" and photographs:
+    samples = open_calibration(data, limit=limit, seed=seed, prompt=prompt, photo_size=photographs)
+    first = is_first_rank()
+    if first and "pocket" in data and photographs:
         _note("calibrating on built-in generated prompts; prompts like your own (--data FILE.jsonl) give a better plan")
     _calm_libraries()
-    loaded = load_model(model, **loading)
+    loaded = load_model(model, device=rank_device(device), **loading)
+    if dry_run:
+        _show_forecast(loaded, samples, as_json)
+        return
     records = records or out.with_suffix(".records.parquet")
-    with shown_progress(quiet) as progress:
+    with shown_progress(quiet or not first) as progress:
         plan = measure(
-            loaded, samples, source=data, method=method, seed=seed, records=records, resume=resume, progress=progress
+            loaded,
+            samples,
+            source=calibration_name(data),
+            method=method,
+            seed=seed,
+            records=records,
+            resume=resume,
+            max_bad=max_bad,
+            until_ci=until_ci,
+            sampled_rows=sample_rows,
+            progress=progress,
+            on_skip=lambda sample: _note(f"skipped {sample.name}: {sample.reason}"),
         )
+    if not first:
+        return
     out.parent.mkdir(parents=True, exist_ok=True)
     plan.save(out)
     seconds = round(time.monotonic() - start, 3)
+    count = plan.calibration.n_samples if plan.calibration else 0
     if as_json:
         layers = [{"index": i.index, "rho": i.rho.mean if i.rho else None, "mode": i.mode} for i in plan.layers]
         described = {"plan": str(out), "id": plan.short_id, "records": str(records), "layers": layers}
-        click.echo(json.dumps(described | {"samples": len(samples), "seconds": seconds}, indent=2, ensure_ascii=False))
+        click.echo(json.dumps(described | {"samples": count, "seconds": seconds}, indent=2, ensure_ascii=False))
     else:
         _show_plan(plan)
-        _note(f"wrote {out} from {len(samples)} prompts in {seconds:.1f} s")
+        _note(f"wrote {out} from {count} prompts in {seconds:.1f} s")
+
+
+def _show_forecast(loaded: Any, samples: Any, as_json: bool) -> None:
+    import json
+
+    from flowmm.profiler.forecast import forecast
+
+    expected = forecast(loaded, samples)
+    click.echo(json.dumps(expected.to_dict(), indent=2, ensure_ascii=False) if as_json else str(expected))
 
 
 def _plan_target(out: Path | None, model: str, overwrite: bool) -> Path:
@@ -372,7 +457,7 @@ def _plan_target(out: Path | None, model: str, overwrite: bool) -> Path:
     return out
 
 
-def _method(preset: str | None, **changes: float | int | None) -> Any:
+def _method(preset: str | None, **changes: float | int | str | None) -> Any:
     """Method parameters of a plan.
 
     Raises:
@@ -563,6 +648,9 @@ def _ratios(context: click.Context, parameter: click.Parameter, value: str) -> l
 @click.option("--versus", help="Another of the methods, to be compared with at each budget.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Keep rows, tables and curves there.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Use rows that an earlier run left in OUT.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, each with its own model."
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps.")
 @click.option(
     "--dtype",

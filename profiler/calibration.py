@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from pathlib import Path
 
 import numpy as np
 
 from flowmm.errors import InputError
+from flowmm.plans import source_name
 from flowmm.profiler.samples import CalibrationSample, Sample, Source, UnreadableSample
-from flowmm.profiler.sources import open_source
+from flowmm.profiler.sources import STDIN, open_source
+
+# Of several sources, so many are named in a plan.
+MAX_NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -89,3 +94,13 @@ def load_calibration(
             raise InputError(f"{sample.name}: {sample.reason}")
         samples.append(sample)
     return samples
+
+
+def calibration_name(data: Sequence[str]) -> str:
+    """What a plan says about where its prompts came from: names of files and folders, never their paths."""
+    if len(data) == 1:
+        # resolve() gives "." a name.
+        path = Path(data[0])
+        return "stdin" if data[0] == STDIN else source_name(str(path.resolve()) if path.exists() else data[0])
+    names = [calibration_name([name]).rpartition("/")[2] for name in data]
+    return "+".join(names[:MAX_NAMED]) + (f"+{len(names) - MAX_NAMED}" if len(names) > MAX_NAMED else "")

@@ -14,7 +14,9 @@ from flowmm.models import LoadedModel
 from flowmm.profiler.recorder import record_flow
 from flowmm.profiler.samples import Sample, UnreadableSample
 
-PROBED = 3
+PROBED = 4
+# Probes are spread over so many first samples: one data set often follows another.
+LOOKED_AT = 64
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Forecast:
 
 
 def forecast(model: LoadedModel, samples: Iterable[Sample]) -> Forecast:
-    """Measure the first prompts, after one that pays for warming up, and extrapolate.
+    """Measure a few prompts, after one that pays for warming up, and extrapolate.
 
     Raises:
         InputError: no sample can be read.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 from torch import distributed
+
+from flowmm.errors import InputError
+from flowmm.profiler.sources import STDIN
 
 # A slow prompt on one rank keeps the others waiting; a dead rank is torchrun's business.
 PATIENCE = timedelta(days=1)
@@ -64,6 +67,17 @@ def joined_ranks() -> Generator[Ranks]:
     finally:
         if joined_here:
             distributed.destroy_process_group()
+
+
+def is_first_rank() -> bool:
+    """Whether this process writes the plan and talks to the user; also before any rank has joined."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def refuse_shared_stdin(data: Sequence[str]) -> None:
+    """Raise InputError if several ranks would read one stdin."""
+    if STDIN in data and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("--data - : several ranks cannot read one stdin; write the prompts to a file")
 
 
 def rank_device(device: str) -> str:
