@@ -2,7 +2,7 @@
 
 from flowmm.evaluation.methods import Method, parse_methods
 from flowmm.evaluation.records import Row
-from flowmm.evaluation.runner import Grid, evaluate
+from flowmm.evaluation.runner import Grid, evaluate, measuring_here
 from flowmm.evaluation.suite import Case, pocket_cases, unlabelled_cases
 from flowmm.evaluation.summary import SummaryRow, summarise
 
@@ -13,6 +13,7 @@ __all__ = [
     "Row",
     "SummaryRow",
     "evaluate",
+    "measuring_here",
     "parse_methods",
     "pocket_cases",
     "summarise",

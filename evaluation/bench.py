@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowmm.evaluation.decoding import answer_greedily, divergence, feed
+from flowmm.runtime.replay import answer_greedily, divergence, feed
 from flowmm.evaluation.methods import Method
-from flowmm.evaluation.prefill import Prefill
-from flowmm.evaluation.protocols import Trial
+from flowmm.runtime.replay import Prefill
+from flowmm.runtime.replay import Trial
 from flowmm.evaluation.records import Row
 from flowmm.evaluation.suite import Case
 from flowmm.models import LoadedModel
@@ -59,7 +59,7 @@ Reader = Callable[[FlowCache, int], list[Outcome]]
 
 @dataclass(frozen=True)
 class Bench:
-    """A case under a protocol, prefilled. Use inside :func:`flowmm.evaluation.decoding.reading_caches`."""
+    """A case under a protocol, prefilled. Use inside :func:`flowmm.runtime.replay.reading_caches`."""
 
     model: LoadedModel
     plan: Plan

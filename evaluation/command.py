@@ -13,9 +13,10 @@ from flowmm.evaluation.methods import parse_methods
 from flowmm.evaluation.progress import ProgressLine
 from flowmm.evaluation.records import RowStore
 from flowmm.evaluation.report import write_report
-from flowmm.evaluation.runner import Grid, evaluate, identity_of
+from flowmm.evaluation.runner import Grid, evaluate, identity_of, measuring_here
 from flowmm.evaluation.suite import SUITES, unlabelled_cases
 from flowmm.evaluation.summary import SummaryRow, summarise
+from flowmm.evaluation.workers import measuring_in_processes
 from flowmm.models import LoadedModel, load_model
 from flowmm.plans import Plan, resolve_plan, shipped_names, unprofiled_plan
 
@@ -40,6 +41,7 @@ def run_evaluation(
     resume: bool,
     device: str,
     dtype: str,
+    workers: int,
     note: Callable[[str], None],
     quiet: bool = False,
 ) -> tuple[list[SummaryRow], dict[str, Any]]:
@@ -66,7 +68,11 @@ def run_evaluation(
     _check_versus(versus, grid)
     store = None if out is None else _store(out, loaded, chosen, resume)
     progress = None if quiet else ProgressLine("measured")
-    rows = evaluate(loaded, chosen, cases, grid, store=store, progress=progress)
+    if workers > 1:
+        measure = measuring_in_processes(workers, model, device, dtype, chosen)
+    else:
+        measure = measuring_here(loaded, chosen)
+    rows = evaluate(measure, cases, grid, store=store, progress=progress)
     summary = summarise(rows, versus)
     if out is not None:
         write_report(out, summary)

@@ -23,52 +23,13 @@ question is compressed without ever having seen that row attend, which is a diff
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from collections.abc import Callable
 
 from flowmm.errors import InputError
-from flowmm.evaluation.suite import Case, Message
-from flowmm.models import LoadedModel, visual_mask
-
-
-@dataclass(frozen=True)
-class Conversations:
-    """What is compressed and what is asked in all; `opened`: the compressed part ends with an assistant's opening.
-
-    `fed_again` tokens at the prompt's end are fed once more after the compression.
-    """
-
-    compressed: list[Message]
-    whole: list[Message]
-    opened: bool
-    fed_again: int = 0
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A case under a protocol, as tokens.
-
-    Attributes:
-        inputs: model inputs of the compressed prompt, ``[1, L]`` each, with its images.
-        continuation: ``[1, q]`` ids fed after the compression.
-        prompt_positions: ``[3, 1, L]`` M-RoPE positions.
-        positions: ``[3, 1, q]`` of the continuation.
-        fed_again: the continuation starts with so many of the prompt's last tokens.
-    """
-
-    inputs: dict[str, Tensor]
-    continuation: Tensor
-    prompt_positions: Tensor
-    positions: Tensor
-    fed_again: int
-
-    @property
-    def prompt_length(self) -> int:
-        return self.inputs["input_ids"].shape[1]
+from flowmm.evaluation.suite import Case
+from flowmm.models import LoadedModel
+from flowmm.runtime import replay
+from flowmm.runtime.replay import Conversations, Trial
 
 
 def _aware(case: Case) -> Conversations:
@@ -82,7 +43,7 @@ def _blind(case: Case) -> Conversations:
 
 def _second(case: Case) -> Conversations:
     if case.earlier is None:
-        raise InputError(f"{case.name}: the protocol 'second' needs an earlier question, and this suite has none")
+        raise InputError("the protocol 'second' needs an earlier question, and this suite has none")
     question, answer = case.earlier
     first = case.asking(question)
     turns = [{"role": "assistant", "content": answer}, {"role": "user", "content": _asked(case)}]
@@ -91,7 +52,7 @@ def _second(case: Case) -> Conversations:
 
 def _asked(case: Case) -> str:
     if not case.question:
-        raise InputError(f"{case.name}: only the protocol 'aware' fits a prompt without a question of its own")
+        raise InputError("only the protocol 'aware' fits a prompt without a question of its own")
     return case.question
 
 
@@ -106,33 +67,7 @@ def build_trial(model: LoadedModel, case: Case, protocol: str) -> Trial:
     """
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}")
-    chat = PROTOCOLS[protocol](case)
-    ids = model.build_inputs(chat.compressed, add_generation_prompt=chat.opened)["input_ids"][0]
-    inputs = model.build_inputs(chat.whole)
-    cut = _common_prefix(ids.tolist(), inputs["input_ids"][0].tolist())
-    continuation = inputs["input_ids"][:, cut - chat.fed_again :]
-    if bool(visual_mask(model.model.config, continuation).any()):
-        raise InputError(f"{case.name}: images behind the compressed prompt are not supported; put them in front")
-    prompt = {name: tensor[:, :cut] if name in _PER_TOKEN else tensor for name, tensor in inputs.items()}
-    positions = _positions(model, inputs)
-    return Trial(prompt, continuation, positions[..., :cut], positions[..., cut - chat.fed_again :], chat.fed_again)
-
-
-_PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids")
-
-
-def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    different = (place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
-    return next(different, min(len(first), len(second)))
-
-
-def _positions(model: LoadedModel, inputs: dict[str, Tensor]) -> Tensor:
-    """``[3, 1, L + q]``; given to every forward call, because a model keeps the offsets of its latest prompt only."""
-    ids = inputs["input_ids"]
-    if "image_grid_thw" not in inputs:
-        return torch.arange(ids.shape[1], device=ids.device).expand(3, 1, -1)
-    host: Any = model.model.model
-    positions, _ = host.get_rope_index(
-        ids, inputs["mm_token_type_ids"], inputs["image_grid_thw"], attention_mask=inputs["attention_mask"]
-    )
-    return positions
+    try:
+        return replay.build_trial(model, PROTOCOLS[protocol](case))
+    except InputError as error:
+        raise InputError(f"{case.name}: {error}") from error

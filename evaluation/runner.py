@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import flowmm
 from flowmm.errors import InputError
 from flowmm.evaluation.bench import Bench, Cell
-from flowmm.evaluation.decoding import reading_caches
+from flowmm.runtime.replay import reading_caches
 from flowmm.evaluation.methods import Method
-from flowmm.evaluation.prefill import prefill
+from flowmm.runtime.replay import prefill
 from flowmm.evaluation.protocols import PROTOCOLS, build_trial
 from flowmm.evaluation.records import Key, Row, RowStore, row_key
 from flowmm.evaluation.suite import Case
@@ -45,9 +45,40 @@ class Grid:
         return full + [Cell(method, budget) for budget in sorted(self.budgets) for method in compressed]
 
 
+@dataclass(frozen=True)
+class Unit:
+    """A case under a protocol, and the cells still to be measured on it: one prefill's worth of work."""
+
+    case: Case
+    protocol: str
+    cells: tuple[Cell, ...]
+
+
+Measure = Callable[[Sequence[Unit]], Iterator[list[Row]]]
+"""Rows of each unit, in order."""
+
+
+def measuring_here(model: LoadedModel, plan: Plan) -> Measure:
+    """Measure units one after the other in this process."""
+    return lambda units: (measure_unit(model, plan, unit) for unit in units)
+
+
+def measure_unit(model: LoadedModel, plan: Plan, unit: Unit) -> list[Row]:
+    """One row per cell.
+
+    Raises:
+        PlanMismatchError: the plan was made for another architecture.
+        InputError: a protocol that the case does not fit.
+    """
+    plan.check_model(model.fingerprint())
+    trial = build_trial(model, unit.case, unit.protocol)
+    bench = Bench(model, plan, unit.case, unit.protocol, trial, prefill(model.model, trial))
+    with reading_caches(model.model):
+        return bench.measure(unit.cells)
+
+
 def evaluate(
-    model: LoadedModel,
-    plan: Plan,
+    measure: Measure,
     cases: Sequence[Case],
     grid: Grid,
     *,
@@ -57,8 +88,7 @@ def evaluate(
     """Measure every cell of a grid on every case.
 
     Args:
-        model: loaded with sdpa or eager attention.
-        plan: modes and relative budgets of the layers.
+        measure: :func:`measuring_here`, or :func:`flowmm.evaluation.workers.measuring_in_processes`.
         cases: from one suite.
         grid: methods, budgets, protocols.
         store: keeps finished rows on disk and knows those of an interrupted run.
@@ -68,30 +98,29 @@ def evaluate(
         The grid's rows, case by case; those that were on disk are not measured again.
 
     Raises:
-        PlanMismatchError: the plan was made for another architecture.
-        InputError: a protocol that a case does not fit, or rows of another model on disk.
+        PlanMismatchError, InputError: see :func:`measure_unit` and :meth:`RowStore.load`.
     """
-    plan.check_model(model.fingerprint())
     finished = {} if store is None else store.load()
-    cells, units = grid.cells(), [(case, protocol) for case in cases for protocol in grid.protocols]
-    rows: list[Row] = []
+    wanted = [Unit(case, protocol, tuple(grid.cells())) for case in cases for protocol in grid.protocols]
+    units = [unit for unit in (_without(unit, finished) for unit in wanted) if unit.cells]
+    before = len(wanted) - len(units)
     try:
-        for done, (case, protocol) in enumerate(units, start=1):
-            keys = {cell: _key(case, protocol, cell) for cell in cells}
-            missing = [cell for cell in cells if keys[cell] not in finished]
-            measured = _measure(model, plan, case, protocol, missing) if missing else []
+        for done, rows in enumerate(measure(units), start=before + 1):
+            finished |= {row.key: row for row in rows}
             if store is not None:
-                store.add(measured)
-            finished |= {row.key: row for row in measured}
-            rows += [finished[keys[cell]] for cell in cells]
+                store.add(rows)
             if progress is not None:
-                progress(done, len(units))
+                progress(done, len(wanted))
     finally:
         if store is not None:
             store.flush()
     if store is not None:
         store.finish()
-    return rows
+    return [finished[_key(unit, cell)] for unit in wanted for cell in unit.cells]
+
+
+def _without(unit: Unit, finished: Mapping[Key, Row]) -> Unit:
+    return replace(unit, cells=tuple(cell for cell in unit.cells if _key(unit, cell) not in finished))
 
 
 def identity_of(model: LoadedModel, plan: Plan) -> dict[str, str]:
@@ -104,13 +133,7 @@ def identity_of(model: LoadedModel, plan: Plan) -> dict[str, str]:
     }
 
 
-def _key(case: Case, protocol: str, cell: Cell) -> Key:
+def _key(unit: Unit, cell: Cell) -> Key:
+    case = unit.case
     place = (case.suite, case.split, case.task, case.seed, case.index)
-    return row_key(place, protocol, cell.method.name, cell.method.digest, cell.budget)
-
-
-def _measure(model: LoadedModel, plan: Plan, case: Case, protocol: str, cells: Sequence[Cell]) -> list[Row]:
-    trial = build_trial(model, case, protocol)
-    bench = Bench(model, plan, case, protocol, trial, prefill(model.model, trial))
-    with reading_caches(model.model):
-        return bench.measure(cells)
+    return row_key(place, unit.protocol, cell.method.name, cell.method.digest, cell.budget)

@@ -12,10 +12,11 @@ from torch import Tensor
 import flowmm
 from flowmm.errors import InputError
 from flowmm.evaluation.bench import Bench, Cell
-from flowmm.evaluation.decoding import answer_greedily, divergence, reading_caches
+from flowmm.runtime.replay import answer_greedily, divergence, reading_caches
 from flowmm.evaluation.methods import parse_methods
-from flowmm.evaluation.prefill import Prefill, prefill
-from flowmm.evaluation.protocols import PROTOCOLS, Trial, build_trial
+from flowmm.runtime.replay import Prefill, prefill
+from flowmm.evaluation.protocols import PROTOCOLS, build_trial
+from flowmm.runtime.replay import Trial
 from flowmm.evaluation.suite import Case, pocket_cases
 from flowmm.models import LoadedModel, load_model
 from flowmm.plans import MethodParameters, Plan, unprofiled_plan

@@ -13,10 +13,11 @@ from flowmm.errors import InputError, PlanMismatchError
 from flowmm.evaluation import records
 from flowmm.evaluation.methods import parse_methods
 from flowmm.evaluation.records import Row, RowStore
-from flowmm.evaluation.runner import Grid, evaluate, identity_of
+from flowmm.evaluation.runner import Grid, evaluate, identity_of, measuring_here
 from flowmm.evaluation.suite import Case, pocket_cases
+from flowmm.evaluation.workers import measuring_in_processes
 from flowmm.models import LoadedModel, load_model
-from flowmm.plans import Plan, unprofiled_plan
+from flowmm.plans import Plan, resolve_plan, unprofiled_plan
 
 GRID = Grid(tuple(parse_methods("full,robust,evict", 0.25)), (0.1, 0.3), ("aware", "blind"))
 
@@ -38,7 +39,7 @@ def cases() -> list[Case]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(model: LoadedModel, plan: Plan, cases: list[Case]) -> list[Row]:
-    return evaluate(model, plan, cases, GRID)
+    return evaluate(measuring_here(model, plan), cases, GRID)
 
 
 @pytest.fixture
@@ -88,10 +89,10 @@ def test_an_interrupted_grid_goes_on_where_it_stopped(
 ) -> None:
     monkeypatch.setattr(records, "CHUNK_ROWS", chunk)
     with pytest.raises(KilledError):
-        evaluate(model, plan, cases, GRID, store=store, progress=kill_after(3))  # ty: ignore[invalid-argument-type]
+        evaluate(measuring_here(model, plan), cases, GRID, store=store, progress=kill_after(3))  # ty: ignore[invalid-argument-type]
     assert len(fresh(store).load()) == 3 * 5
     assert not store.table.exists()
-    rows = evaluate(model, plan, cases, GRID, store=fresh(store))
+    rows = evaluate(measuring_here(model, plan), cases, GRID, store=fresh(store))
     assert rows == uninterrupted
     assert list(fresh(store).load().values()) == uninterrupted
     assert not store.parts.exists()
@@ -109,10 +110,10 @@ def test_a_kill_without_warning_loses_the_open_chunk_only(
     monkeypatch.setattr(RowStore, "finish", lambda self: None)
     monkeypatch.setattr(store, "flush", flush_if_full(store))
     with pytest.raises(KilledError):
-        evaluate(model, plan, cases, GRID, store=store, progress=kill_after(5))  # ty: ignore[invalid-argument-type]
+        evaluate(measuring_here(model, plan), cases, GRID, store=store, progress=kill_after(5))  # ty: ignore[invalid-argument-type]
     (store.parts / "000099.parquet.tmp").write_bytes(b"half a fi")
     assert len(fresh(store).load()) == 20
-    assert evaluate(model, plan, cases, GRID, store=fresh(store)) == uninterrupted
+    assert evaluate(measuring_here(model, plan), cases, GRID, store=fresh(store)) == uninterrupted
 
 
 def flush_if_full(store: RowStore) -> object:
@@ -127,16 +128,28 @@ def flush_if_full(store: RowStore) -> object:
 
 
 def test_a_finished_grid_can_grow(model: LoadedModel, plan: Plan, cases: list[Case], store: RowStore) -> None:
-    evaluate(model, plan, cases[:1], GRID, store=store)
+    evaluate(measuring_here(model, plan), cases[:1], GRID, store=store)
     larger = replace(GRID, budgets=(0.1, 0.2, 0.3))
     measured = []
-    evaluate(model, plan, cases[:2], larger, store=fresh(store), progress=lambda *at: measured.append(at))
+    evaluate(
+        measuring_here(model, plan), cases[:2], larger, store=fresh(store), progress=lambda *at: measured.append(at)
+    )
     assert measured[-1] == (4, 4)
     assert len(fresh(store).load()) == 2 * 2 * 7
 
 
+@pytest.mark.slow
+def test_processes_measure_the_same(
+    model: LoadedModel, plan: Plan, cases: list[Case], uninterrupted: list[Row], tmp_path: Path
+) -> None:
+    checkpoint = str(write_checkpoint(tmp_path / "tiny"))
+    rows = evaluate(measuring_in_processes(2, checkpoint, "cpu", "fp32", plan), cases, GRID)
+    answers = [(row.key, row.text, row.kept, row.bytes) for row in rows]
+    assert answers == [(row.key, row.text, row.kept, row.bytes) for row in uninterrupted]
+
+
 def test_rows_of_another_plan_are_refused(model: LoadedModel, plan: Plan, cases: list[Case], store: RowStore) -> None:
-    evaluate(model, plan, cases[:1], GRID, store=store)
+    evaluate(measuring_here(model, plan), cases[:1], GRID, store=store)
     forced = tuple(layer.model_copy(update={"mode": "cross", "forced": True}) for layer in plan.layers)
     other = RowStore(store.table.parent, identity_of(model, plan.model_copy(update={"layers": forced})))
     with pytest.raises(InputError, match=r"another plan.*--no-resume"):
@@ -154,7 +167,7 @@ def test_a_damaged_file_is_named(store: RowStore) -> None:
 
 def test_a_plan_of_another_model_is_refused(model: LoadedModel, cases: list[Case]) -> None:
     with pytest.raises(PlanMismatchError):
-        evaluate(model, Plan.load(Path(flowmm.__file__).parent / "plans" / "qwen25vl.json"), cases, GRID)
+        evaluate(measuring_here(model, Plan.load(resolve_plan("qwen25vl"))), cases, GRID)
 
 
 @pytest.mark.parametrize(("budgets", "protocols"), [((0.0,), ("aware",)), ((1.5,), ("aware",)), ((0.2,), ("deaf",))])
