@@ -8,15 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowmm.runtime.replay import answer_greedily, divergence, feed
 from flowmm.evaluation.methods import Method
-from flowmm.runtime.replay import Prefill
-from flowmm.runtime.replay import Trial
 from flowmm.evaluation.records import Row
 from flowmm.evaluation.suite import Case
 from flowmm.models import LoadedModel
 from flowmm.plans import Plan
 from flowmm.runtime import FlowCache
+from flowmm.runtime.replay import Prefill, Trial, answer_greedily, divergence, feed
 
 # Caches decoded together: more rows save forward calls, and copy more memory in each.
 ROWS_PER_BATCH = 16
@@ -82,22 +80,19 @@ class Bench:
     def _batches(self, cells: Sequence[Cell]) -> Iterator[tuple[Sequence[Cell], list[Size], FlowCache]]:
         """Compressed cells, what each keeps, and their caches as one batch, as many as are decoded together."""
         made = [
-            (cell, self.prefilled.cache(self.plan, parameters, cell.budget))
+            (cell, self.prefilled.cache(self.prefilled.settings(self.plan, parameters, cell.budget)))
             for cell in cells
             if (parameters := cell.method.parameters) is not None
         ]
         for start in range(0, len(made), ROWS_PER_BATCH):
             chunk, caches = zip(*made[start : start + ROWS_PER_BATCH], strict=True)
             sizes = [Size.of(cache) for cache in caches]
-            for cache in caches:
-                self.prefilled.hide_last(cache, self.trial.fed_again)
-            yield chunk, sizes, FlowCache.stack(caches)
+            ready = [self.prefilled.hide_last(cache, self.trial.fed_again) for cache in caches]
+            yield chunk, sizes, FlowCache.stack(ready)
 
     def _full_cache(self) -> FlowCache:
         """The full cache, ready to be fed the continuation."""
-        cache = self.prefilled.full_cache()
-        self.prefilled.hide_last(cache, self.trial.fed_again)
-        return cache
+        return self.prefilled.hide_last(self.prefilled.full_cache(), self.trial.fed_again)
 
     def _greedy_reader(self) -> tuple[Outcome, Reader]:
         """The full cache's greedy answer; fidelity at the first answer position."""

@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 import flowmm
 from flowmm.errors import InputError
 from flowmm.evaluation.bench import Bench, Cell
-from flowmm.runtime.replay import reading_caches
 from flowmm.evaluation.methods import Method
-from flowmm.runtime.replay import prefill
 from flowmm.evaluation.protocols import PROTOCOLS, build_trial
 from flowmm.evaluation.records import Key, Row, RowStore, row_key
 from flowmm.evaluation.suite import Case
 from flowmm.models import LoadedModel
 from flowmm.plans import Plan
+from flowmm.runtime.replay import prefill, reading_caches
 
 Progress = Callable[[int, int], None]
 

@@ -6,9 +6,8 @@ add up well enough to share a budget between them (:mod:`flowmm.plans.allocation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from flowmm.profiler.calibration import CalibrationSample
 from flowmm.runtime.cache import CompressionSettings, FlowCache
 from flowmm.runtime.replay import (
     Conversations,
+    Message,
     Prefill,
     Trial,
     answer_greedily,
@@ -34,7 +34,6 @@ RATIOS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.65)
 # Tokens of the full cache's own answer on which a compressed cache is compared with it.
 ANSWER_TOKENS = 4
 
-Message = Mapping[str, Any]
 Progress = Callable[[int, int], None]
 
 
@@ -109,7 +108,9 @@ def measure_sensitivity(
     costs = []
     for done, sample in enumerate(samples, start=1):
         chats = [PROTOCOLS[name](sample.messages) for name in protocols]
-        rows = [_prompt_cost(model, plan, build_trial(model, chat), ratios, method) for chat in chats if chat is not None]
+        rows = [
+            _prompt_cost(model, plan, build_trial(model, chat), ratios, method) for chat in chats if chat is not None
+        ]
         if rows:
             costs.append(np.mean(rows, axis=0))
         if progress is not None:
@@ -129,11 +130,12 @@ def _prompt_cost(
     host, prefilled = model.model, prefill(model.model, trial)
     modes = prefilled.modes(plan)
     with reading_caches(host):
-        full = prefilled.full_cache(trial.fed_again)
-        tokens = answer_greedily(host, full, trial.continuation, trial.positions, ANSWER_TOKENS).tokens
+        tokens = answer_greedily(
+            host, _full(prefilled, trial), trial.continuation, trial.positions, ANSWER_TOKENS
+        ).tokens
         forced = torch.cat([trial.continuation, tokens[:, :-1]], dim=1)
         places = trial.positions[..., :1] + torch.arange(forced.shape[1], device=forced.device)
-        wanted = feed(host, prefilled.full_cache(trial.fed_again), forced, places, keep=ANSWER_TOKENS)
+        wanted = feed(host, _full(prefilled, trial), forced, places, keep=ANSWER_TOKENS)
         rows = []
         for layer in range(len(modes)):
             caches = [_one_layer(prefilled, modes, method or plan.method, layer, ratio, trial) for ratio in ratios]
@@ -142,10 +144,14 @@ def _prompt_cost(
     return np.stack(rows)
 
 
+def _full(prefilled: Prefill, trial: Trial) -> FlowCache:
+    return prefilled.hide_last(prefilled.full_cache(), trial.fed_again)
+
+
 def _one_layer(
     prefilled: Prefill, modes: tuple[Mode, ...], method: MethodParameters, layer: int, ratio: float, trial: Trial
 ) -> FlowCache:
     """The full cache, except that one layer keeps only `ratio` of its entries."""
     ratios = tuple(ratio if index == layer else 1.0 for index in range(len(modes)))
     settings = CompressionSettings(method, modes, lambda _: ratios, budget=sum(ratios) / len(ratios))
-    return prefilled.cache(settings, trial.fed_again)
+    return prefilled.hide_last(prefilled.cache(settings), trial.fed_again)

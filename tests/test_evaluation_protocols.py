@@ -12,15 +12,13 @@ from torch import Tensor
 import flowmm
 from flowmm.errors import InputError
 from flowmm.evaluation.bench import Bench, Cell
-from flowmm.runtime.replay import answer_greedily, divergence, reading_caches
 from flowmm.evaluation.methods import parse_methods
-from flowmm.runtime.replay import Prefill, prefill
 from flowmm.evaluation.protocols import PROTOCOLS, build_trial
-from flowmm.runtime.replay import Trial
 from flowmm.evaluation.suite import Case, pocket_cases
 from flowmm.models import LoadedModel, load_model
 from flowmm.plans import MethodParameters, Plan, unprofiled_plan
 from flowmm.runtime import FlowCache, compress
+from flowmm.runtime.replay import Prefill, Trial, answer_greedily, divergence, prefill, reading_caches
 
 METHODS = ("robust", "paper", "evict", "merge=tangent", "robust:selector=kcenter", "inverted")
 
@@ -143,7 +141,7 @@ def real_run(model: LoadedModel, plan: Plan, trial: Trial, method: str) -> tuple
 def test_captured_states_give_the_cache_of_a_real_run(model: LoadedModel, plan: Plan, case: Case, method: str) -> None:
     trial = build_trial(model, case, "blind")
     prefilled = prefill(model.model, trial)
-    cache = prefilled.cache(plan, parameters(method), 0.2)
+    cache = prefilled.cache(prefilled.settings(plan, parameters(method), 0.2))
     real, logits = real_run(model, plan, trial, method)
     for ours, theirs in zip(cache.states, real.states, strict=True):
         assert torch.equal(ours.keys, theirs.keys)  # ty: ignore[invalid-argument-type]
@@ -160,10 +158,12 @@ def test_a_row_of_a_batch_equals_its_own_run(model: LoadedModel, plan: Plan, cas
     settings = [(parameters(method), budget) for budget in (0.05, 0.3, 1.0) for method in METHODS]
     with reading_caches(model.model):
         single = [
-            answer_greedily(model.model, prefilled.cache(plan, *one), trial.continuation, trial.positions, 3)
+            answer_greedily(
+                model.model, prefilled.cache(prefilled.settings(plan, *one)), trial.continuation, trial.positions, 3
+            )
             for one in settings
         ]
-        stacked = FlowCache.stack([prefilled.cache(plan, *one) for one in settings])
+        stacked = FlowCache.stack([prefilled.cache(prefilled.settings(plan, *one)) for one in settings])
         ids = trial.continuation.expand(len(settings), -1)
         batch = answer_greedily(model.model, stacked, ids, trial.positions, 3)
     torch.testing.assert_close(batch.logits, torch.cat([one.logits for one in single]), rtol=0, atol=1e-5)
@@ -173,7 +173,7 @@ def test_a_row_of_a_batch_equals_its_own_run(model: LoadedModel, plan: Plan, cas
 def test_the_token_fed_again_counts_once(model: LoadedModel, plan: Plan, case: Case) -> None:
     trial = build_trial(model, case, "aware")
     prefilled = prefill(model.model, trial)
-    cache = prefilled.cache(plan, parameters("evict"), 0.2)
+    cache = prefilled.cache(prefilled.settings(plan, parameters("evict"), 0.2))
     prefilled.hide_last(cache, trial.fed_again)
     for layer in cache.states:
         assert layer.bias is not None
@@ -184,7 +184,7 @@ def test_the_token_fed_again_counts_once(model: LoadedModel, plan: Plan, case: C
 def test_an_entry_that_absorbed_others_is_not_hidden(model: LoadedModel, plan: Plan, case: Case) -> None:
     trial = build_trial(model, case, "aware")
     prefilled = prefill(model.model, trial)
-    cache = prefilled.cache(plan, parameters("evict"), 0.2)
+    cache = prefilled.cache(prefilled.settings(plan, parameters("evict"), 0.2))
     for layer in cache.states:
         assert layer.keys is not None
         layer.keys[:, 0, -1] += 1.0
