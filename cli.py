@@ -651,9 +651,6 @@ def _ratios(context: click.Context, parameter: click.Parameter, value: str) -> l
 @click.option(
     "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, each with its own model."
 )
-@click.option(
-    "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, each with its own model."
-)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps.")
 @click.option(
     "--dtype",
