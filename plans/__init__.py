@@ -7,6 +7,7 @@ from flowmm.plans.fingerprint import (
     Environment,
     Mismatch,
     ModelFingerprint,
+    SensitivityFingerprint,
     TokenStatistics,
 )
 from flowmm.plans.layers import (
@@ -38,6 +39,7 @@ __all__ = [
     "Plan",
     "PlanDiff",
     "RhoStatistics",
+    "SensitivityFingerprint",
     "SinkStatistics",
     "TokenStatistics",
     "decide_mode",

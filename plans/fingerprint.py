@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from flowmm.plans.fields import Count, Index, Name, NonNegative, Record, Sha256, Share, Source
 
@@ -97,6 +99,13 @@ class CalibrationFingerprint(Record):
     image_processor_sha256: Sha256 | None
     tokens: TokenStatistics
     n_skipped: Index = 0
+
+
+class SensitivityFingerprint(Record):
+    """How the layers' curves were measured: under which protocols, on how many of the calibration prompts."""
+
+    protocols: Annotated[tuple[Name, ...], Field(min_length=1, max_length=8)]
+    n_samples: Count
 
 
 class Environment(Record):

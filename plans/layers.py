@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from flowmm.errors import BudgetError
 from flowmm.plans.fields import Count, Index, NonNegative, Ratio, Record, Share, rounded
@@ -14,6 +14,8 @@ from flowmm.plans.method import FlowKind
 
 Mode = Literal["cross", "intra", "online"]
 Interval = tuple[NonNegative, NonNegative]
+# Ratio of entries kept, and what that costs in nats.
+CurvePoint = tuple[Ratio, NonNegative]
 # Mean over prompts, then the ends of its 95 % interval; no ends for a single prompt.
 Estimate = tuple[Share, Share | None, Share | None]
 
@@ -76,7 +78,8 @@ class LayerPlan(Record):
     """Mode and budget of one decoder layer.
 
     `budget` is the ratio of the prompt's entries kept when a run asks for the plan's own total. `forced` marks a mode
-    that a person chose against, or without, a measured rho.
+    that a person chose against, or without, a measured rho. `curve` is what compressing this layer alone costs: (ratio
+    of entries kept, next-token KL against the full cache in nats), by rising ratio below 1.
     """
 
     index: Index
@@ -86,6 +89,14 @@ class LayerPlan(Record):
     rho: RhoStatistics | None
     estimates: FlowEstimates | None = None
     sinks: SinkStatistics | None = None
+    curve: Annotated[tuple[CurvePoint, ...], Field(min_length=1, max_length=64)] | None = None
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        ratios = [ratio for ratio, _ in self.curve or ()]
+        if ratios != sorted(set(ratios)) or 1.0 in ratios:
+            raise ValueError("the ratios of a curve must rise and stay below 1")
+        return self
 
     def flow(self, kind: FlowKind) -> float | None:
         """Mean over prompts of the estimator `kind` (``method.rho_kind``); None where the plan does not hold it."""

@@ -13,10 +13,17 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from flowmm.errors import PlanMismatchError
+from flowmm.plans.allocation import allocate
 from flowmm.plans.canonical import canonical_text
 from flowmm.plans.fields import MAX_LAYERS, Name, Note, Record, Timestamp, rounded
 from flowmm.plans.files import read_text, write_atomic
-from flowmm.plans.fingerprint import CalibrationFingerprint, Environment, Mismatch, ModelFingerprint
+from flowmm.plans.fingerprint import (
+    CalibrationFingerprint,
+    Environment,
+    Mismatch,
+    ModelFingerprint,
+    SensitivityFingerprint,
+)
 from flowmm.plans.layers import LayerPlan, RhoStatistics, decide_mode, scale_budgets
 from flowmm.plans.method import MethodParameters
 from flowmm.plans.migrations import SCHEMA, upgraded
@@ -43,6 +50,7 @@ class Plan(Record):
     method: MethodParameters
     layers: Annotated[tuple[LayerPlan, ...], Field(max_length=MAX_LAYERS)]
     environment: Environment | None
+    sensitivity: SensitivityFingerprint | None = None
     note: Note = ""
 
     @field_validator("method")
@@ -62,6 +70,10 @@ class Plan(Record):
             if layer.index != position:
                 raise _misfit(("layers", position, "index"), f"found {layer.index}, expected {position}")
             self._mode_fits(layer)
+        with_curve = [layer.index for layer in self.layers if layer.curve is not None]
+        if with_curve and len(with_curve) < len(self.layers):
+            missing = next(layer.index for layer in self.layers if layer.curve is None)
+            raise _misfit(("layers", missing, "curve"), "missing, but others have one. Give all layers one, or none")
         mean = math.fsum(layer.budget for layer in self.layers) / len(self.layers)
         if abs(mean - self.method.budget) > BUDGET_TOLERANCE * self.method.budget:
             raise _misfit(
@@ -104,11 +116,17 @@ class Plan(Record):
         return self.sha256[:12]
 
     def layer_budgets(self, ratio: float) -> tuple[float, ...]:
-        """Ratio of entries kept per layer, [num_layers], with mean `ratio`; see :func:`scale_budgets`.
+        """Ratio of entries kept per layer, [num_layers], with mean `ratio`.
+
+        From the measured curves where the plan holds them (:func:`allocate`), else every layer's own budget scaled
+        alike (:func:`scale_budgets`).
 
         Raises:
             BudgetError: `ratio` is not in (0, 1].
         """
+        curves = [layer.curve for layer in self.layers if layer.curve is not None]
+        if curves and 0 < ratio <= 1 and ratio != self.method.budget:
+            return allocate(curves, ratio)
         return scale_budgets([layer.budget for layer in self.layers], ratio)
 
     def check_model(self, model: ModelFingerprint) -> list[Mismatch]:
@@ -135,7 +153,11 @@ class Plan(Record):
                 _leave_out_defaults(layer["rho"], RhoStatistics)
         if self.calibration is not None:
             _leave_out_defaults(values["calibration"], CalibrationFingerprint)
-        for values_of, name, default in ((values, "note", ""), (values["method"], "rho_kind", "raw")):
+        for values_of, name, default in (
+            (values, "note", ""),
+            (values, "sensitivity", None),
+            (values["method"], "rho_kind", "raw"),
+        ):
             if values_of[name] == default:
                 del values_of[name]
         return values

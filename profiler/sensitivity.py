@@ -14,8 +14,10 @@ import torch
 
 from flowmm.errors import InputError
 from flowmm.models import LoadedModel
-from flowmm.plans import MethodParameters, Mode, Plan
+from flowmm.plans import LayerPlan, MethodParameters, Mode, Plan, SensitivityFingerprint
+from flowmm.plans.allocation import allocate
 from flowmm.profiler.calibration import CalibrationSample
+from flowmm.runtime.budgets import entry_budget
 from flowmm.runtime.cache import CompressionSettings, FlowCache
 from flowmm.runtime.replay import (
     Conversations,
@@ -152,6 +154,22 @@ def _one_layer(
     prefilled: Prefill, modes: tuple[Mode, ...], method: MethodParameters, layer: int, ratio: float, trial: Trial
 ) -> FlowCache:
     """The full cache, except that one layer keeps only `ratio` of its entries."""
-    ratios = tuple(ratio if index == layer else 1.0 for index in range(len(modes)))
-    settings = CompressionSettings(method, modes, lambda _: ratios, budget=sum(ratios) / len(ratios))
+
+    def entries(length: int) -> list[int]:
+        return [entry_budget(length, ratio) if index == layer else length for index in range(len(modes))]
+
+    settings = CompressionSettings(method, modes, entries)
     return prefilled.hide_last(prefilled.cache(settings), trial.fed_again)
+
+
+def with_measured_budgets(plan: Plan, sensitivity: Sensitivity, protocols: Sequence[str]) -> Plan:
+    """`plan` with every layer's curve, and its budget split by them."""
+    curves = sensitivity.curves()
+    ratios = allocate(curves, plan.method.budget)
+    layers = tuple(
+        LayerPlan.model_validate(layer.model_dump() | {"curve": tuple(curve), "budget": ratio})
+        for layer, curve, ratio in zip(plan.layers, curves, ratios, strict=True)
+    )
+    measured = SensitivityFingerprint(protocols=tuple(protocols), n_samples=len(sensitivity.cost))
+    kept = {name: getattr(plan, name) for name in Plan.model_fields if name != "schema_"}
+    return Plan.model_validate(kept | {"layers": layers, "sensitivity": measured})

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flowmm.errors import BudgetError
 
 Budget = float | int
+Entries = Callable[[int], Sequence[int]]
+"""From a prompt's length to the entries that each layer keeps."""
 
 
 def validate_budget(budget: Budget) -> Budget:
@@ -74,3 +76,18 @@ def _spend_remainder(counts: list[int], exact: dict[int, float], total: int, len
         counts[layer] += step
         remainder[layer] -= step
     return counts
+
+
+def planned_entries(layer_ratios: Callable[[float], Sequence[float]], budget: Budget) -> Entries:
+    """Entries per layer for an overall budget, split as `layer_ratios` says for the ratio that the budget comes to."""
+
+    def entries(length: int) -> list[int]:
+        ratio = budget if isinstance(budget, float) else min(1.0, budget / length)
+        return layer_entries(layer_ratios(ratio), length, budget)
+
+    return entries
+
+
+def all_entries(layers: int) -> Entries:
+    """Every layer keeps everything."""
+    return lambda length: [length] * layers

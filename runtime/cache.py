@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from flowmm.errors import FlowmmError, InputError
 from flowmm.plans import MethodParameters, Mode
 from flowmm.runtime.attention import attend_compressed
-from flowmm.runtime.budgets import Budget, layer_entries
+from flowmm.runtime.budgets import Entries
 from flowmm.runtime.compression import CompressedLayer, compress_layer, cross_rows
 from flowmm.runtime.flow import sample_rows, sampled_rho
 from flowmm.runtime.online import OnlineCheck
@@ -32,8 +32,7 @@ class CompressionSettings:
     Attributes:
         method: all options of the algorithm.
         modes: planned mode of each layer.
-        layer_ratios: for an overall ratio of entries, the relative budgets of the layers.
-        budget: ratio of the prompt, or entries per layer on average.
+        entries: how many entries each layer keeps of a prompt of some length.
         check: online comparison of rho with the plan, or ``None``.
         rho_rows: rows per modality sampled where rho is measured online.
         seed: of the row sample.
@@ -41,21 +40,10 @@ class CompressionSettings:
 
     method: MethodParameters
     modes: tuple[Mode, ...]
-    layer_ratios: Callable[[float], Sequence[float]]
-    budget: Budget
+    entries: Entries
     check: OnlineCheck | None = None
     rho_rows: int = 128
     seed: int = 0
-
-    def layer_entries(self, length: int) -> list[int]:
-        """Entries that each layer keeps of a prompt of `length` tokens; the sum is exactly the budget's."""
-        ratio = self.budget if isinstance(self.budget, float) else min(1.0, self.budget / length)
-        return layer_entries(self.layer_ratios(ratio), length, self.budget)
-
-
-def uniform_ratios(layers: int) -> Callable[[float], Sequence[float]]:
-    """Equal budgets for every layer."""
-    return lambda ratio: (ratio,) * layers
 
 
 class FlowLayer(DynamicLayer):
@@ -190,7 +178,7 @@ class Prompt:
         """
         if min(layout.lengths) == 0:
             raise InputError(f"row {layout.lengths.index(0)} of the batch holds nothing but padding")
-        by_row = [settings.layer_entries(length) for length in layout.lengths]
+        by_row = [settings.entries(length) for length in layout.lengths]
         counts = tuple(zip(*by_row, strict=True))
         generator = torch.Generator().manual_seed(settings.seed)
         strata = (layout.visual, layout.valid & ~layout.visual)

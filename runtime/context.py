@@ -15,7 +15,7 @@ from flowmm.errors import FlowmmError, InputError, UnsupportedModelError
 from flowmm.models import fingerprint_model, text_config, visual_mask
 from flowmm.plans import LayerPlan, MethodParameters, Plan, resolve_plan
 from flowmm.runtime.attention import attached
-from flowmm.runtime.budgets import Budget, validate_budget
+from flowmm.runtime.budgets import Budget, planned_entries, validate_budget
 from flowmm.runtime.cache import CompressionSettings, FlowCache
 from flowmm.runtime.online import CheckAction, OnlineCheck, PlannedRho
 from flowmm.runtime.report import RunReport, build_report
@@ -147,8 +147,7 @@ def _settings(plan: Plan, method: MethodParameters, budget: Budget, check: Check
     return CompressionSettings(
         method=method,
         modes=tuple(layer.mode for layer in plan.layers),
-        layer_ratios=plan.layer_budgets,
-        budget=budget,
+        entries=planned_entries(plan.layer_budgets, budget),
         check=None if check is None else OnlineCheck(check, tuple(map(_planned_rho, plan.layers))),
     )
 

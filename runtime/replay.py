@@ -19,7 +19,8 @@ from flowmm.errors import FlowmmError, InputError
 from flowmm.models import LoadedModel, text_config, visual_mask
 from flowmm.plans import MethodParameters, Mode, Plan
 from flowmm.runtime.attention import attached
-from flowmm.runtime.cache import CompressionSettings, FlowCache, Prompt, uniform_ratios
+from flowmm.runtime.budgets import all_entries, planned_entries
+from flowmm.runtime.cache import CompressionSettings, FlowCache, Prompt
 from flowmm.runtime.flow import sampled_rho
 from flowmm.runtime.prompt import PromptLayout
 from flowmm.runtime.rotary import Rotary
@@ -118,7 +119,8 @@ class Prefill:
 
     def settings(self, plan: Plan, method: MethodParameters, budget: float) -> CompressionSettings:
         """What ``flowmm.compress`` would use for this prompt; an ``online`` layer's mode is decided here, once."""
-        return CompressionSettings(method, self.modes(plan, method.theta), plan.layer_budgets, budget)
+        entries = planned_entries(plan.layer_budgets, budget)
+        return CompressionSettings(method, self.modes(plan, method.theta), entries)
 
     def modes(self, plan: Plan, theta: float | None = None) -> tuple[Mode, ...]:
         """Each layer's mode on this prompt; `theta` is the plan's unless another is asked for."""
@@ -133,7 +135,7 @@ class Prefill:
         """The uncompressed cache."""
         layers = len(self.states)
         modes: tuple[Mode, ...] = ("intra",) * layers
-        return self.cache(CompressionSettings(MethodParameters(), modes, uniform_ratios(layers), 1.0))
+        return self.cache(CompressionSettings(MethodParameters(), modes, all_entries(layers)))
 
     def hide_last(self, cache: FlowCache, count: int) -> FlowCache:
         """`cache` with the prompt's last `count` tokens made invisible, because they are about to be fed again.
@@ -168,9 +170,7 @@ class Prefill:
     @cached_property
     def _sampled_rho(self) -> list[Tensor]:
         # The row sample of a real run: it depends on the settings' defaults alone.
-        settings = CompressionSettings(
-            MethodParameters(), modes=("online",), layer_ratios=uniform_ratios(1), budget=1.0
-        )
+        settings = CompressionSettings(MethodParameters(), modes=("online",), entries=all_entries(1))
         rows = Prompt.of(self.layout, settings).rho_rows
         return [sampled_rho(query, key, self.layout, rows, self.scaling).rho for query, key, _ in self.states]
 
