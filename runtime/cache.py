@@ -310,7 +310,9 @@ class FlowCache(Cache):
             if last:
                 self._end_forward()
             if last and self.settings.check is not None:
-                prompt.record.findings.extend(self.settings.check.compare(prompt.record.layers))
+                prompt.record.findings.extend(
+                    self.settings.check.compare(prompt.record.layers, prompt.layout.mixed.tolist())
+                )
                 self.settings.check.act(prompt.record.findings)
             return output
         if last:

@@ -52,8 +52,7 @@ def cross_rows(mode: Mode, rho: Tensor | None, layout: PromptLayout, method: Met
             cross = torch.zeros_like(cross)
         case "inverted":
             cross = ~cross
-    both = layout.visual.any(-1) & (layout.valid & ~layout.visual).any(-1)
-    return cross & both
+    return cross & layout.mixed
 
 
 def forced_entries(layout: PromptLayout, proxies: Proxies, counts: Tensor, method: MethodParameters) -> Tensor:

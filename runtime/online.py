@@ -55,8 +55,12 @@ class OnlineCheck:
         clear = (rho.rho - method.theta).abs() > 2 * rho.standard_error
         return torch.where(clear, rho.rho > method.theta, cross)
 
-    def compare(self, layers: Sequence[LayerRecord]) -> list[str]:
-        """One sentence per layer and batch row that left the plan."""
+    def compare(self, layers: Sequence[LayerRecord], comparable: Sequence[bool]) -> list[str]:
+        """One sentence per layer and batch row that left the plan.
+
+        Args:
+            comparable: per row, whether its prompt holds both modalities; with one alone, rho is 0 and says nothing.
+        """
         findings = []
         for layer, planned in zip(layers, self.planned, strict=True):
             if planned is None or layer.rho is None:
@@ -64,7 +68,7 @@ class OnlineCheck:
             rows = zip(layer.rho.rho.tolist(), layer.rho.standard_error.tolist(), strict=True)
             for row, (rho, error) in enumerate(rows):
                 allowed = max(self.tolerance, self.sigmas * (planned.std**2 + error**2) ** 0.5)
-                if abs(rho - planned.mean) > allowed:
+                if comparable[row] and abs(rho - planned.mean) > allowed:
                     findings.append(
                         f"layer {layer.index}, row {row}: rho {rho:.3f} +- {error:.3f}, "
                         f"plan {planned.mean:.3f} +- {planned.std:.3f} (allowed {allowed:.3f})"

@@ -34,6 +34,11 @@ class PromptLayout:
         return min(self.lengths) < self.valid.shape[-1]
 
     @property
+    def mixed(self) -> Tensor:
+        """``[B]`` bool: the prompt holds both text and images."""
+        return self.visual.any(-1) & (self.valid & ~self.visual).any(-1)
+
+    @property
     def rank(self) -> Tensor:
         """``[B, L]`` long: 0, 1, ... over the valid tokens of each row (padding: undefined)."""
         return self.valid.long().cumsum(-1) - 1

@@ -217,6 +217,12 @@ def test_check_is_silent_on_a_fitting_plan(model: Any, plan: Plan, recwarn: pyte
     assert not [w for w in recwarn if issubclass(w.category, FlowDriftWarning)]
 
 
+def test_check_has_nothing_to_say_about_text_alone(model: Any, plan: Plan) -> None:
+    with flowmm.compress(model, planned_rho(plan, measured_rho(model, plan)), check="error") as run:
+        model(**tiny_inputs([[40]]))
+    assert run.report.findings == []
+
+
 def test_check_names_the_layer_that_left_the_plan(model: Any, plan: Plan) -> None:
     means = measured_rho(model, plan)
     means[2] = 0.02
