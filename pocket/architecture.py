@@ -24,7 +24,7 @@ TEMPORAL_PATCH_SIZE = 2
 _NAME_OFFSET, _SHAPE_OFFSET = 6, 9
 # `KEY is VALUE` and `NAME<|vision_start|>IMAGE` both put what is asked for two temporal positions after its name.
 _LABEL_OFFSET = 2
-_MATCH_LAYERS = (1, 2, 3)
+MATCH_LAYERS = (1, 2, 3)
 
 
 def build_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
@@ -124,7 +124,7 @@ def _start_retrieval(model: Any, generator: torch.Generator) -> None:
         _start_offset_head(layers[0].self_attn, head, offset, inverse_frequencies, writers[head])
     for kv_head, reader in enumerate(readers):
         layers[0].self_attn.v_proj.weight[kv_head * head_dim : (kv_head + 1) * head_dim] = reader
-    for index in _MATCH_LAYERS:
+    for index in MATCH_LAYERS:
         attention = layers[index].self_attn
         _start_lookup_head(attention, readers[1], writers, _orthonormal(head_dim, width, generator))
         _start_find_head(attention, readers, writers)

@@ -24,13 +24,17 @@ _PADDING = -1
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows: ``ids [B, L]``, ``positions [3, B, L]``, ``mask [B, 1, L, L]`` (True: may be seen), ``images
-    [N, 32, 32, 3]`` uint8 in prompt order, ``targets [B, L]`` (the next token where it is scored, else -100) and
-    ``asked [B, L]`` (index into ``tasks.TASKS`` of the question a target answers, else -1)."""
+    """Packed rows of token ids ``[B, L]`` with their ``positions [3, B, L]``.
+
+    ``mask [B, 1, L, L]`` is True where a token may be seen, ``blind`` the same without the context for questions.
+    ``images [N, 32, 32, 3]`` are uint8 in prompt order. ``targets [B, L]`` is the next token where it is scored, else
+    -100, and ``asked [B, L]`` the index into ``tasks.TASKS`` of the question it answers, else -1.
+    """
 
     ids: torch.Tensor
     positions: torch.Tensor
     mask: torch.Tensor
+    blind: torch.Tensor
     images: np.ndarray
     targets: torch.Tensor
     asked: torch.Tensor
@@ -132,11 +136,14 @@ def pack(rows: list[_Row], scenes: list[tasks.Scene], pad_token: int) -> Batch:
     branches = padded([row.branches for row in rows], _PADDING)
     query, key = branches[:, :, None], branches[:, None, :]
     mask = ((key == 0) | (key == query)) & torch.ones(length, length, dtype=torch.bool).tril()
+    # The first token stays visible, as the sink that a question with nothing to find needs.
+    hidden = (query > 0) & (key == 0) & (torch.arange(length) > 0)
     positions = np.stack([np.pad(row.positions, ((0, 0), (0, length - len(row.ids)))) for row in rows], axis=1)
     return Batch(
         ids=padded([row.ids for row in rows], pad_token),
         positions=torch.from_numpy(positions),
         mask=mask[:, None],
+        blind=(mask & ~hidden)[:, None],
         images=np.stack([picture.pixels for scene in scenes for picture in scene.pictures]),
         targets=padded([row.targets for row in rows], -100),
         asked=padded([row.asked for row in rows], -1),

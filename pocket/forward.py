@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -41,21 +44,46 @@ class Packed(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch, image_token: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the logits ``[answers, vocabulary]`` at every scored position and the visual embeddings used."""
+    def forward(
+        self, batch: Batch, image_token: int, blind_layer: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits ``[answers, vocabulary]`` at every scored position and the visual embeddings used.
+
+        In ``blind_layer`` questions cannot see the context.
+        """
         model = self.model
         visual = visual_embeddings(model, patches(batch.images).to(model.lm_head.weight.dtype))
         words = model.get_input_embeddings()(batch.ids)
         is_image = (batch.ids == image_token)[..., None]
-        states = model.model.language_model(
-            inputs_embeds=words.masked_scatter(is_image, visual),
-            position_ids=batch.positions,
-            attention_mask={"full_attention": batch.mask},
-            use_cache=False,
-        ).last_hidden_state
+        with self._blinded(blind_layer, batch.blind):
+            states = model.model.language_model(
+                inputs_embeds=words.masked_scatter(is_image, visual),
+                position_ids=batch.positions,
+                attention_mask={"full_attention": batch.mask},
+                use_cache=False,
+            ).last_hidden_state
         return model.lm_head(states[batch.targets >= 0]), visual
 
-    def in_bf16(self, batch: Batch, image_token: int) -> tuple[torch.Tensor, torch.Tensor]:
+    @contextmanager
+    def _blinded(self, layer: int | None, mask: torch.Tensor) -> Generator[None]:
+        """Give one layer another mask, which the model's own forward pass has no argument for."""
+        if layer is None:
+            yield
+            return
+
+        def swap(_: torch.nn.Module, args: tuple, options: dict) -> tuple[tuple, dict]:
+            return args, options | {"attention_mask": mask}
+
+        attention = self.model.model.language_model.layers[layer].self_attn
+        handle = attention.register_forward_pre_hook(swap, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def in_bf16(
+        self, batch: Batch, image_token: int, blind_layer: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run ``forward`` on bf16 copies of the weights; gradients reach the fp32 originals."""
         halves = {name: parameter.bfloat16() for name, parameter in self.named_parameters()}
-        return torch.func.functional_call(self, halves, (batch, image_token), tie_weights=True)
+        return torch.func.functional_call(self, halves, (batch, image_token, blind_layer), tie_weights=True)

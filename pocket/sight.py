@@ -14,8 +14,7 @@ _SAID = {"shape": tasks.SHAPES, "colour": tuple(tasks.COLOURS), "digit": tuple("
 
 
 def object_labels(pictures: list[tasks.Picture]) -> torch.Tensor:
-    """Return shape, colour and digit ``[N, side, side, 3]`` of the object in whose cell each visual token lies, or
-    -100 where there is none."""
+    """Return ``[N, side, side, 3]``: shape, colour and digit of the object in whose cell a token lies, else -100."""
     tokens_per_cell = TOKENS_PER_SIDE * tasks.CELL // tasks.IMAGE_SIZE
     labels = np.full((len(pictures), TOKENS_PER_SIDE, TOKENS_PER_SIDE, 3), -100)
     for i, picture in enumerate(pictures):
@@ -30,8 +29,11 @@ def object_labels(pictures: list[tasks.Picture]) -> torch.Tensor:
 def naming_loss(
     embedded: torch.Tensor, labels: torch.Tensor, table: torch.Tensor, tokenizer: Qwen2Tokenizer
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Compare visual embeddings ``[N, tokens, hidden]`` with the rows of ``table [vocabulary, hidden]`` for the words
-    that name ``labels``; return the loss and the share named right per kind of word."""
+    """Compare visual embeddings with the text embeddings of the words that name what they show.
+
+    Takes ``embedded [N, tokens, hidden]``, ``labels`` of ``object_labels`` and ``table [vocabulary, hidden]``; returns
+    the loss and the share named right per kind of word.
+    """
     loss, logged = embedded.new_zeros(()), {}
     for kind, (name, words) in enumerate(_SAID.items()):
         # The last token of a digit after a space is the bare digit: the sum then counts it twice, which does no harm.

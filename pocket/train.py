@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from flowmm.pocket import tasks
-from flowmm.pocket.architecture import build_image_processor, build_model
+from flowmm.pocket.architecture import MATCH_LAYERS, build_image_processor, build_model
 from flowmm.pocket.batches import Batch, Packer, draw_branch, pack, patches
 from flowmm.pocket.forward import Packed, visual_embeddings
 from flowmm.pocket.muon import Muon
@@ -33,8 +33,11 @@ from flowmm.pocket.tokenizer import build_tokenizer
 
 @dataclass(frozen=True)
 class Level:
-    """One stage of the curriculum: the step it ends at, the sizes it draws from, factors on the learning
-    rates (of all, and of the vision tower on top), the weight of the naming loss, and how often it asks each task."""
+    """One stage of the curriculum: the step it ends at, the sizes it draws from and how it trains.
+
+    ``rate`` scales all learning rates, ``vision_rate`` the vision tower's on top; ``naming`` weighs the naming loss;
+    ``blind`` is how often questions see no context in one of the match layers; ``shares`` how often each task is asked.
+    """
 
     until: int
     rows: int
@@ -44,6 +47,7 @@ class Level:
     rate: float = 1.0
     vision_rate: float = 1.0
     naming: float = 0.0
+    blind: float = 0.0
     shares: tuple[float, ...] = (0.2, 0.3, 0.2, 0.3)
 
 
@@ -54,15 +58,23 @@ class Recipe:
     seed: int = 0
     vision_steps: int = 600
     vision_images: int = 128
-    steps: int = 800
-    cooldown: float = 0.3
+    steps: int = 830
+    vision_schedule: tuple[tuple[float, float], ...] = ((-1, 0.0), (29, 1.0), (420, 1.0), (600, 0.0))
+    """The line of factors on the learning rates, by its corners (step, factor)."""
+    schedule: tuple[tuple[float, float], ...] = (
+        (-1, 0.0),
+        (29, 1.0),
+        (504, 1.0),
+        (700, 20 / 216),
+        (715, 0.6),
+        (830, 0.0),
+    )
     questions: int = 20
     second_turns: float = 0.2
     text_rates: tuple[float, float] = (0.01, 2e-3)
     """Learning rates of matrices (Muon) and of everything else (AdamW)."""
     vision_rates: tuple[tuple[float, float], tuple[float, float]] = ((0.005, 2e-3), (0.002, 2e-4))
     """The same for the vision tower: in its own stage, then in the stage that trains everything."""
-    warmup: int = 30
     visual_norm: float = 1.5
     validate_every: int = 100
     validation_prompts: int = 64
@@ -72,7 +84,8 @@ class Recipe:
         Level(150, 16, (2, 5), (2, 6), (0, 2), rate=0.4),
         Level(300, 12, (4, 10), (3, 8), (1, 3), rate=0.4),
         Level(350, 12, (4, 10), (3, 8), (1, 3), rate=0.4, vision_rate=2.5, naming=0.3),
-        Level(1_000_000, 10, (6, 19), (4, 8), (1, 4), rate=0.4, vision_rate=2.5, naming=0.3),
+        Level(700, 10, (6, 19), (4, 8), (1, 4), rate=0.4, vision_rate=2.5, naming=0.3),
+        Level(1_000_000, 10, (6, 19), (4, 8), (1, 4), rate=0.4, naming=0.3, blind=0.6),
     )
 
 
@@ -121,12 +134,11 @@ class Trainer:
         return {"loss": loss.item(), **logged}
 
     def _set_rates(self, vision: bool) -> None:
-        """Warm up, stay, cool down, per stage; the vision tower is slow once its outputs mean something."""
+        """Follow the stage's schedule; the vision tower is slow once its outputs mean something."""
         recipe = self.recipe
-        total = recipe.vision_steps if vision else recipe.steps
         done = self.step if vision else self.step - recipe.vision_steps
-        cooling = (total - done) / (recipe.cooldown * total)
-        factor = max(0.01, min((done + 1) / recipe.warmup, cooling, 1.0))
+        steps, heights = zip(*(recipe.vision_schedule if vision else recipe.schedule), strict=True)
+        factor = max(0.01, float(np.interp(done, steps, heights)))
         level = None if vision else self._level(done)
         factor *= level.rate if level else 1.0
         tower = [rate * (level.vision_rate if level else 1.0) for rate in recipe.vision_rates[level is not None]]
@@ -150,7 +162,7 @@ class Trainer:
     def _text_loss(self) -> tuple[torch.Tensor, dict[str, float]]:
         step = self.step - self.recipe.vision_steps
         scenes, batch = self.batch(step)
-        logits, visual = self.packed.in_bf16(batch, self.packer.image_token)
+        logits, visual = self.packed.in_bf16(batch, self.packer.image_token, self._blind_layer(step))
         self.tokens += batch.ids.numel()
         scored, asked = batch.targets[batch.targets >= 0], batch.asked[batch.targets >= 0]
         norms = visual.float().norm(dim=-1)
@@ -165,6 +177,11 @@ class Trainer:
             named, shares = naming_loss(visual.float(), labels, self.model.lm_head.weight.detach(), self.tokenizer)
             loss, logged = loss + weight * named, logged | shares
         return loss, logged
+
+    def _blind_layer(self, step: int) -> int | None:
+        """Draw the layer in which questions see no context, so that finding things does not hang on one layer."""
+        rng = tasks.stream("train", "blind", step, self.recipe.seed)
+        return int(rng.choice(MATCH_LAYERS)) if rng.random() < self._level(step).blind else None
 
     def _level(self, step: int) -> Level:
         return next(level for level in self.recipe.levels if step < level.until)

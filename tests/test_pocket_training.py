@@ -47,7 +47,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
 
 
 def test_a_few_steps_lower_the_loss() -> None:
-    recipe = dataclasses.replace(SMALL, vision_steps=0, steps=100, warmup=1)
+    recipe = dataclasses.replace(SMALL, vision_steps=0, schedule=((0, 1.0),))
     trainer = Trainer(recipe, build_tokenizer())
     losses = [trainer.advance()["loss"] for _ in range(8)]
     assert sum(losses[-3:]) / 3 < 0.7 * losses[0]
@@ -75,6 +75,21 @@ def test_packed_answers_equal_single_prompts_through_the_model_itself() -> None:
             found += [logits[0, place] for place, i in enumerate(chosen) if row.targets[i] >= 0]
     assert pixels["image_grid_thw"].prod(-1).sum() == 3 * 16 * MERGE_SIZE**2
     torch.testing.assert_close(packed, torch.stack(found), rtol=1e-4, atol=1e-4)
+
+
+def test_a_blind_layer_hides_the_context_from_questions_only() -> None:
+    trainer = Trainer(SMALL, build_tokenizer())
+    _, batch = trainer.batch(0)
+    lost = (batch.mask & ~batch.blind)[:, 0]
+    assert lost[batch.targets >= 0].any(dim=-1).all()
+    assert not lost[:, :4].any()
+    assert not lost[:, :, 0].any()
+    with torch.no_grad():
+        seeing, _ = trainer.packed(batch, trainer.packer.image_token)
+        blind, _ = trainer.packed(batch, trainer.packer.image_token, blind_layer=1)
+        again, _ = trainer.packed(batch, trainer.packer.image_token)
+    assert not torch.equal(seeing, blind)
+    torch.testing.assert_close(seeing, again, rtol=0, atol=0)
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
