@@ -340,6 +340,27 @@ def _warnings_as_notes() -> Generator[None]:
 @click.option(
     "--max-bad", type=ShareType(), default="1%", show_default=True, help="Fail if more of the prompts cannot be read."
 )
+@click.option(
+    "--layer-budgets",
+    type=click.Choice(["uniform", "measured"]),
+    default="uniform",
+    show_default=True,
+    help="measured: entries go to the layers whose compression changes the next token most.",
+)
+@click.option(
+    "--protocol",
+    type=click.Choice(["mixed", "aware", "blind"]),
+    default="mixed",
+    show_default=True,
+    help="Measure layers with the question inside the compressed prompt, asked after it, or both.",
+)
+@click.option(
+    "--sensitivity-prompts",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Prompts that measured layer budgets are taken from.",
+)
 @click.option("--sample-rows", type=click.IntRange(min=2), help="Also record rho from so many rows per modality.")
 @click.option("--dry-run", is_flag=True, help="Say what this would cost, from a few prompts, and write nothing.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Use prompts measured by an earlier run.")
@@ -362,6 +383,9 @@ def profile(
     preset: str | None,
     until_ci: float | None,
     max_bad: float,
+    layer_budgets: str,
+    protocol: str,
+    sensitivity_prompts: int,
     sample_rows: int | None,
     dry_run: bool,
     resume: bool,
@@ -421,6 +445,8 @@ def profile(
         )
     if not first:
         return
+    if layer_budgets == "measured":
+        plan = _with_layer_budgets(loaded, plan, samples, protocol, sensitivity_prompts, quiet)
     out.parent.mkdir(parents=True, exist_ok=True)
     plan.save(out)
     seconds = round(time.monotonic() - start, 3)
@@ -432,6 +458,16 @@ def profile(
     else:
         _show_plan(plan)
         _note(f"wrote {out} from {count} prompts in {seconds:.1f} s")
+
+
+def _with_layer_budgets(loaded: Any, plan: Any, samples: Any, protocol: str, limit: int, quiet: bool) -> Any:
+    from flowmm.profiler.progress import shown_progress
+    from flowmm.profiler.sensitivity import MIXED, measure_sensitivity, with_measured_budgets
+
+    protocols = MIXED if protocol == "mixed" else (protocol,)
+    with shown_progress(quiet, "measured layers on") as progress:
+        measured = measure_sensitivity(loaded, plan, samples, limit=limit, protocols=protocols, progress=progress)
+    return with_measured_budgets(plan, measured, protocols)
 
 
 def _show_forecast(loaded: Any, samples: Any, as_json: bool) -> None:

@@ -16,19 +16,19 @@ RECENT = 64
 
 
 @contextmanager
-def shown_progress(quiet: bool = False) -> Generator[Progress | None]:
-    """A callback for :func:`flowmm.profiler.profile`; None when `quiet`."""
+def shown_progress(quiet: bool = False, what: str = "profiled") -> Generator[Progress | None]:
+    """A callback for :func:`flowmm.profiler.profile` and its like; None when `quiet`. `what` begins the line."""
     if quiet:
         yield None
     elif sys.stderr.isatty():
-        with _bar() as update:
+        with _bar(what) as update:
             yield update
     else:
-        yield _Lines()
+        yield _Lines(what)
 
 
 @contextmanager
-def _bar() -> Generator[Progress]:
+def _bar(what: str) -> Generator[Progress]:
     from rich import progress
     from rich.console import Console
     from rich.text import Text
@@ -38,21 +38,22 @@ def _bar() -> Generator[Progress]:
             return Text("" if task.speed is None else f"{task.speed:.2g}/s")
 
     columns = (
-        progress.TextColumn("profiling"),
+        progress.TextColumn(what),
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
         _RateColumn(),
         progress.TimeRemainingColumn(),
     )
     with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("profiling", total=None)
+        task = bar.add_task(what, total=None)
         yield lambda finished, total: bar.update(task, completed=finished, total=total)
 
 
 class _Lines:
     """A line after the first prompt, the last, and every few seconds in between."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str) -> None:
+        self._what = what
         self._last = float("-inf")
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT)
 
@@ -62,7 +63,7 @@ class _Lines:
         if finished == total or now - self._last >= SECONDS_BETWEEN_LINES:
             self._last = now
             of_all = "" if total is None else f" of {total}"
-            print(f"flowmm: profiled {finished}{of_all} prompts{self._pace(total)}", file=sys.stderr, flush=True)
+            print(f"flowmm: {self._what} {finished}{of_all} prompts{self._pace(total)}", file=sys.stderr, flush=True)
 
     def _pace(self, total: int | None) -> str:
         """Rate over recent prompts, so that those of an earlier run, which cost nothing, do not count for long."""

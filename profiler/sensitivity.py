@@ -6,8 +6,9 @@ add up well enough to share a budget between them (:mod:`flowmm.plans.allocation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from flowmm.errors import InputError
 from flowmm.models import LoadedModel
 from flowmm.plans import LayerPlan, MethodParameters, Mode, Plan, SensitivityFingerprint
 from flowmm.plans.allocation import allocate
-from flowmm.profiler.calibration import CalibrationSample
+from flowmm.profiler.profile import Progress
+from flowmm.profiler.samples import CalibrationSample, Sample
 from flowmm.runtime.budgets import entry_budget
 from flowmm.runtime.cache import CompressionSettings, FlowCache
 from flowmm.runtime.replay import (
@@ -35,8 +37,7 @@ from flowmm.runtime.replay import (
 RATIOS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.65)
 # Tokens of the full cache's own answer on which a compressed cache is compared with it.
 ANSWER_TOKENS = 4
-
-Progress = Callable[[int, int], None]
+MIXED = ("aware", "blind")
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,10 @@ PROTOCOLS: dict[str, Callable[[Sequence[Message]], Conversations | None]] = {"aw
 def measure_sensitivity(
     model: LoadedModel,
     plan: Plan,
-    samples: Sequence[CalibrationSample],
+    samples: Iterable[Sample],
     *,
-    protocols: Sequence[str] = ("aware", "blind"),
+    limit: int | None = None,
+    protocols: Sequence[str] = MIXED,
     ratios: Sequence[float] = RATIOS,
     method: MethodParameters | None = None,
     progress: Progress | None = None,
@@ -94,11 +96,12 @@ def measure_sensitivity(
     Args:
         model: loaded with sdpa or eager attention.
         plan: gives each layer's mode.
-        samples: calibration prompts; their answers are not needed.
+        samples: calibration prompts; their answers are not needed. Unreadable ones are passed over.
+        limit: use at most so many.
         protocols: ``aware``, ``blind`` or both (their costs are averaged).
         ratios: entries kept in the one compressed layer.
         method: of the compression; default the plan's.
-        progress: called with (finished, total) prompts.
+        progress: called with (finished prompts, `limit`).
 
     Raises:
         InputError: an unknown protocol, or no prompt that fits any of the protocols.
@@ -108,7 +111,8 @@ def measure_sensitivity(
         raise InputError(f"protocols {list(protocols)}: expected one or more of {', '.join(PROTOCOLS)}")
     ratios = tuple(sorted(ratios))
     costs = []
-    for done, sample in enumerate(samples, start=1):
+    readable = (sample for sample in samples if isinstance(sample, CalibrationSample))
+    for done, sample in enumerate(islice(readable, limit), start=1):
         chats = [PROTOCOLS[name](sample.messages) for name in protocols]
         rows = [
             _prompt_cost(model, plan, build_trial(model, chat), ratios, method) for chat in chats if chat is not None
@@ -116,7 +120,7 @@ def measure_sensitivity(
         if rows:
             costs.append(np.mean(rows, axis=0))
         if progress is not None:
-            progress(done, len(samples))
+            progress(done, limit)
     if not costs:
         raise InputError(
             f"no calibration prompt fits {' or '.join(protocols)}: 'blind' needs prompts whose last turn ends with a "
