@@ -15,6 +15,7 @@ import flowmm
 from flowmm.errors import BudgetError, DriftError, FlowmmError, InputError, PlanMismatchError, UnsupportedModelError
 from flowmm.models import fingerprint_model
 from flowmm.plans import LayerPlan, MethodParameters, Plan, RhoStatistics, unprofiled_plan
+from flowmm.profiler import record_flow
 from flowmm.runtime import FlowDriftWarning, PlanFitWarning
 
 PROMPT = [[5, -16, 7, -25, 9, -9, 40]]
@@ -264,6 +265,15 @@ def test_no_tensor_grows_with_the_square_of_the_length(preset: str) -> None:
         model(**inputs, logits_to_keep=1)
     assert run.report.kept_tokens == length // 5
     # Everything counts, the host's own layers too; a square would be 8192 / (3 * 32 * 4) = 21 times more per head.
+    assert watch.elements <= 3 * length * dim * heads
+
+
+def test_profiling_makes_no_square_either() -> None:
+    heads, dim, length = 4, 32, 8192
+    inputs = tiny_inputs([[96, -4096, 1000, -2500, length - 96 - 4096 - 1000 - 2500 - 4]])
+    with LargestTensor() as watch:
+        flow = record_flow(tiny_model(layers=1, heads=heads, head_dim=dim), inputs)
+    assert flow.tokens == length
     assert watch.elements <= 3 * length * dim * heads
 
 

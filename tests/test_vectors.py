@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from flowmm.models import known_models
 from flowmm.plans import MethodParameters
 from flowmm.runtime.budgets import entry_budget
 from flowmm.runtime.compression import compress_layer, cross_rows
@@ -19,6 +20,7 @@ from flowmm.runtime.matching import Assignment, assign, tau_threshold, unit_rows
 from flowmm.runtime.merging import OPERATORS, gather_group, merge
 from flowmm.runtime.pivots import Pivots, complement, select_pivots
 from flowmm.runtime.prompt import PromptLayout, Proxies
+from flowmm.runtime.rotary import Rotary
 
 VECTORS = {
     case["id"]: case for case in json.loads((Path(__file__).parent / "vectors" / "methods.json").read_text())["cases"]
@@ -342,3 +344,27 @@ def test_keys_are_compared_and_averaged_after_rope() -> None:
     merged = merge("average", *one_group(case)).keys[0, 0, 0]
     torch.testing.assert_close(merged, torch.tensor(expected["average_post"]), **FP32)
     assert merged.norm().item() == pytest.approx(expected["norm_average_post"], abs=1e-6)
+
+
+def test_keys_are_compared_and_averaged_with_rotation_undone() -> None:
+    given, expected = vector("rope_space")
+    angles = torch.tensor(given["positions"])[None, :, None] * given["angle_per_position"]
+    rotary = Rotary(angles.expand(1, 2, 2).cos(), angles.expand(1, 2, 2).sin())
+    content = rotary.undo(torch.tensor(expected["post_keys"])[None, None])
+    unit = unit_rows(content)[0, 0]
+    assert (unit[0] @ unit[1]).item() == pytest.approx(expected["cos_pre"], abs=1e-6)
+    case = {"K": content[0, 0].tolist(), "V": content[0, 0].tolist(), "I": [1.0, 1.0], "pivot": 0, "members": [1]}
+    merged = merge("average", *one_group(case)).keys
+    turned = rotary.redo(merged, torch.zeros(1, 1, 1, dtype=torch.long))[0, 0, 0]
+    torch.testing.assert_close(turned, torch.tensor(expected["average_pre_then_rotate_to_pivot_pos0"]), **FP32)
+
+
+def test_kv_bytes_of_the_7b_model() -> None:
+    given, expected = vector("kv_bytes")
+    card = next(card for card in known_models() if card.alias == "qwen25vl")
+    assert (card.num_layers, card.num_kv_heads, card.head_dim) == (28, 4, 128)
+    assert card.kv_bytes(1, given["bytes"]) == expected["bytes_per_token"]
+    assert card.kv_bytes(given["L"]) == expected["full_bytes"]
+    kept = entry_budget(given["L"], given["ratio"])
+    assert kept == expected["B"]
+    assert card.kv_bytes(kept + given["generated"]) == expected["compressed_bytes_after_decode"]
