@@ -35,10 +35,10 @@ def test_the_shipped_tokenizer_is_the_generated_one() -> None:
 def test_the_model_answers_its_tasks(task: str) -> None:
     loaded = load_model(str(checkpoint_path()), dtype="fp32", device="cpu")
     right = 0
-    for index in range(30):
+    for index in range(20):
         sample = tasks.sample(task, "test", index)
         inputs = loaded.build_inputs(sample.messages())
         with torch.no_grad():
             generated = loaded.model.generate(**inputs, max_new_tokens=4, do_sample=False)
         right += loaded.decode(generated[0, inputs["input_ids"].shape[1] :]) == sample.answer
-    assert right >= 25
+    assert right >= 17
