@@ -413,10 +413,12 @@ def profile(
     from flowmm.profiler import open_calibration
     from flowmm.profiler import profile as measure
     from flowmm.profiler.calibration import calibration_name
+    from flowmm.profiler.kernel_caches import bound_kernel_caches
     from flowmm.profiler.progress import shown_progress
     from flowmm.profiler.ranks import is_first_rank, rank_device, refuse_shared_stdin
 
     refuse_shared_stdin(data)
+    bound_kernel_caches()
     photographs = public_source(resolve_source(model)) != "pocket"
     samples = open_calibration(data, limit=limit, seed=seed, prompt=prompt, photo_size=photographs)
     first = is_first_rank()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowmm.plans.fingerprint import CalibrationFingerprint
 from flowmm.plans.layers import LayerPlan, Mode
+from flowmm.plans.method import MethodParameters
 from flowmm.plans.schema import Plan
 
 if TYPE_CHECKING:
@@ -72,13 +73,19 @@ def header(plan: Plan) -> list[tuple[str, str]]:
         ("model", f"{model.source} ({model.architecture}, {model.dtype}, {model.attn_implementation})"),
         ("", f"{model.num_layers} layers, {model.num_attention_heads} heads, {model.num_kv_heads} KV heads"),
         ("calibration", _calibration(plan.calibration)),
-        ("method", f"{method.preset}: theta {method.theta:g}, budget {method.budget:g}, flow {method.flow}"),
+        ("method", f"{method.preset}: {_decision(method)}, budget {method.budget:g}, flow {method.flow}"),
         ("", f"tau {method.tau}, merge {method.merge}, proxies {method.proxies}"),
     ]
     if plan.environment is not None:
         made = plan.environment
         lines.append(("made with", f"torch {made.torch}, transformers {made.transformers}, {made.device}"))
     return lines + [("" if number else "note", line) for number, line in enumerate(plan.note.splitlines())]
+
+
+def _decision(method: MethodParameters) -> str:
+    if method.rho_kind == "lift":
+        return "cross-modal above lift 1"
+    return f"theta {method.theta:g}" + ("" if method.rho_kind == "raw" else f" for {method.rho_kind} rho")
 
 
 def _calibration(calibration: CalibrationFingerprint | None) -> str:
@@ -89,6 +96,7 @@ def _calibration(calibration: CalibrationFingerprint | None) -> str:
         f"{calibration.n_samples} prompts of {calibration.source}, seed {calibration.seed}: "
         f"{tokens.total_min}-{tokens.total_max} tokens (mean {tokens.total_mean:g}), "
         f"{tokens.visual_share_mean:.0%} visual, {tokens.images_mean:g} images"
+        + (f"; {calibration.n_skipped} more could not be read" if calibration.n_skipped else "")
     )
 
 

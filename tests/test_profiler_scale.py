@@ -121,8 +121,8 @@ def test_progress_lines_have_a_rate_and_what_is_left(
         for finished in (1, 5, 9):
             progress(finished, 100)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "flowmm: profiled 1 of 100 prompts"
-    assert lines[-1] == "flowmm: profiled 9 of 100 prompts, 0.2 per second, 7 min 35 s left"
+    assert lines[0].endswith("1 of 100 prompts")
+    assert lines[-1].endswith("9 of 100 prompts, 0.2 per second, 7 min 35 s left")
 
 
 def test_one_process_is_rank_0_and_exchanges_nothing() -> None:
@@ -153,7 +153,7 @@ def test_killed_again_and_again_it_ends_with_the_same_plan(checkpoint: Path, tmp
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         assert process.stderr is not None
         # The first line of progress says that profiling has begun.
-        while process.poll() is None and "profiled" not in process.stderr.readline():
+        while process.poll() is None and " prompts" not in process.stderr.readline():
             pass
         time.sleep(moments.uniform(0.0, 1.5))
         kills += process.poll() is None
