@@ -153,7 +153,7 @@ def test_killed_again_and_again_it_ends_with_the_same_plan(checkpoint: Path, tmp
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         assert process.stderr is not None
         # The first line of progress says that profiling has begun.
-        while process.poll() is None and " prompts" not in process.stderr.readline():
+        while process.poll() is None and f" of {PROMPTS} prompts" not in process.stderr.readline():
             pass
         time.sleep(moments.uniform(0.0, 1.5))
         kills += process.poll() is None
