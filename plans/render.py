@@ -74,12 +74,21 @@ def header(plan: Plan) -> list[tuple[str, str]]:
         ("", f"{model.num_layers} layers, {model.num_attention_heads} heads, {model.num_kv_heads} KV heads"),
         ("calibration", _calibration(plan.calibration)),
         ("method", f"{method.preset}: {_decision(method)}, budget {method.budget:g}, flow {method.flow}"),
-        ("", f"tau {method.tau}, merge {method.merge}, proxies {method.proxies}"),
+        ("", f"selector {method.selector}, proxies {method.proxies}, {_gate(method)}, merge {method.merge}"),
     ]
+    if plan.sensitivity is not None:
+        how = ", ".join(plan.sensitivity.protocols)
+        lines.append(
+            ("budgets", f"measured on {plan.sensitivity.n_samples} prompts ({how}); other totals follow the curves")
+        )
     if plan.environment is not None:
         made = plan.environment
         lines.append(("made with", f"torch {made.torch}, transformers {made.transformers}, {made.device}"))
     return lines + [("" if number else "note", line) for number, line in enumerate(plan.note.splitlines())]
+
+
+def _gate(method: MethodParameters) -> str:
+    return f"tau {method.tau}" if method.gate else "no gate"
 
 
 def _decision(method: MethodParameters) -> str:
