@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel
 
 from flowmm.errors import InputError
+from flowmm.plans.diff_statistics import Moments, holm, margin_p, paired_p, welch_p
+from flowmm.plans.fingerprint import ModelFingerprint
 from flowmm.plans.layers import LayerPlan
 from flowmm.plans.reading import PathStep, dotted
 from flowmm.plans.schema import Plan
@@ -17,17 +19,23 @@ Kind = Literal["mode", "rho", "model", "method", "data"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 DEFAULT_FAIL_ON: frozenset[Kind] = frozenset(KINDS) - {"data"}
 DEFAULT_TOLERANCE = 0.02
+DEFAULT_ALPHA = 0.01
 
 
 @dataclass(frozen=True)
 class Change:
-    """One value that differs. `path` leads to it in the new plan; `exceeds` says whether it is more than tolerance."""
+    """One value that differs.
 
-    kind: Kind
+    `path` leads to it in the new plan. `exceeds` says whether it is more than tolerance and chance; a change of kind
+    ``environment`` never does. `p` is that of "no change", corrected for the number of layers; None: not tested.
+    """
+
+    kind: Kind | Literal["environment"]
     path: tuple[PathStep, ...]
     old: Any
     new: Any
     exceeds: bool = True
+    p: float | None = None
 
     @property
     def layer(self) -> int | None:
@@ -53,6 +61,13 @@ class PlanDiff:
     tol: float
     fail_on: frozenset[Kind]
     changes: tuple[Change, ...]
+    alpha: float = DEFAULT_ALPHA
+    paired: bool = False
+
+    @property
+    def unsettled(self) -> tuple[Change, ...]:
+        """Modes that flipped where the flow is too close to its threshold to tell on which side it lies."""
+        return tuple(change for change in self.changes if change.kind == "mode" and not change.exceeds)
 
     @property
     def drift(self) -> tuple[Change, ...]:
@@ -75,7 +90,14 @@ class PlanDiff:
         return max(pairs, default=None)
 
 
-def diff(old: Plan, new: Plan, tol: float = DEFAULT_TOLERANCE, fail_on: Collection[str] = DEFAULT_FAIL_ON) -> PlanDiff:
+def diff(
+    old: Plan,
+    new: Plan,
+    tol: float = DEFAULT_TOLERANCE,
+    fail_on: Collection[str] = DEFAULT_FAIL_ON,
+    alpha: float = DEFAULT_ALPHA,
+    paired: Sequence[Moments] | None = None,
+) -> PlanDiff:
     """Compare two plans value by value.
 
     Args:
@@ -83,23 +105,53 @@ def diff(old: Plan, new: Plan, tol: float = DEFAULT_TOLERANCE, fail_on: Collecti
         new: the plan to judge.
         tol: largest |change| of rho (share) or of a layer's budget (ratio) that is not drift.
         fail_on: kinds that count as drift, of ``mode``, ``rho``, ``model``, ``method``, ``data``.
+        alpha: probability that prompts alone make any layer's rho look moved; 1 leaves it to the tolerance.
+        paired: per layer, new minus old rho of the same prompts. Without it, the plans' own mean, std and n are
+            compared as if the prompts were different ones.
 
     Raises:
-        InputError: `tol` is not in [0, 1], or an unknown kind.
+        InputError: `tol` is not in [0, 1], `alpha` is not in (0, 1], or an unknown kind.
     """
     if not 0 <= tol <= 1:
         raise InputError(f"tolerance {tol}: expected a number from 0 to 1")
+    if not 0 < alpha <= 1:
+        raise InputError(f"alpha {alpha}: expected a number above 0, at most 1")
     unknown = sorted(set(fail_on) - set(KINDS))
     if unknown:
         raise InputError(f"fail-on {', '.join(unknown)}: expected some of {', '.join(KINDS)}")
     changes = [
-        *_records("model", ("model",), old.model, new.model),
+        *_model(old.model, new.model),
         *_records("data", ("calibration",), old.calibration, new.calibration),
         *_records("method", ("method",), old.method, new.method),
     ]
-    for before, after in zip(old.layers, new.layers, strict=False):
-        changes += _layer(before, after, tol)
-    return PlanDiff(old, new, tol, frozenset(kind for kind in KINDS if kind in fail_on), tuple(changes))
+    pairs = list(zip(old.layers, new.layers, strict=False))
+    ps = holm([_rho_p(before, after, paired) for before, after in pairs])
+    for (before, after), p in zip(pairs, ps, strict=True):
+        changes += _modes(before, after, alpha, len(pairs))
+        changes += _moved("method", ("layers", after.index, "budget"), before.budget, after.budget, tol)
+        changes += _rho_moved(before, after, tol, alpha, p)
+    changes += _environment(old, new)
+    counted = frozenset(kind for kind in KINDS if kind in fail_on)
+    return PlanDiff(old, new, tol, counted, tuple(changes), alpha, paired is not None)
+
+
+def _model(old: ModelFingerprint, new: ModelFingerprint) -> Iterator[Change]:
+    """Another model or variant exceeds; dtype, attention implementation and what one side does not know do not."""
+    differing = {mismatch.field for mismatch in old.mismatches(new)}
+    for field in ModelFingerprint.model_fields:
+        before, after = getattr(old, field), getattr(new, field)
+        if before != after:
+            yield Change("model", ("model", field), before, after, exceeds=field in differing)
+
+
+def _environment(old: Plan, new: Plan) -> Iterator[Change]:
+    """Versions and device, where both plans say; never drift by themselves."""
+    if old.environment is None or new.environment is None:
+        return
+    for field, before in old.environment:
+        after = getattr(new.environment, field)
+        if before != after:
+            yield Change("environment", ("environment", field), before, after, exceeds=False)
 
 
 def _records(kind: Kind, path: tuple[PathStep, ...], old: BaseModel | None, new: BaseModel | None) -> Iterator[Change]:
@@ -120,14 +172,44 @@ def _presence(record: BaseModel | None) -> str | None:
     return None if record is None else "present"
 
 
-def _layer(old: LayerPlan, new: LayerPlan, tol: float) -> Iterator[Change]:
+def _modes(old: LayerPlan, new: LayerPlan, alpha: float, layers: int) -> Iterator[Change]:
     path: tuple[PathStep, ...] = ("layers", new.index)
     if old.mode != new.mode:
-        yield Change("mode", (*path, "mode"), old.mode, new.mode)
+        sides = (old, new)
+        exceeds = not all(map(_follows_rho, sides)) or all(_is_settled(side, alpha, layers) for side in sides)
+        yield Change("mode", (*path, "mode"), old.mode, new.mode, exceeds)
     if old.forced != new.forced:
         yield Change("mode", (*path, "forced"), old.forced, new.forced)
-    yield from _moved("method", (*path, "budget"), old.budget, new.budget, tol)
-    yield from _moved("rho", (*path, "rho", "mean"), _rho(old), _rho(new), tol)
+
+
+def _follows_rho(layer: LayerPlan) -> bool:
+    """Whether the mode came from a measurement, not from a person or from the choice to decide per prompt."""
+    return not layer.forced and layer.mode != "online" and layer.rho is not None
+
+
+def _is_settled(layer: LayerPlan, alpha: float, layers: int) -> bool:
+    """Whether other prompts would give the same mode: the mean is clear of its threshold, or cannot be tested.
+
+    The p value is multiplied by the number of layers (Bonferroni), since any of them may lie near the threshold.
+    """
+    if layer.rho is None or layer.rho.margin is None:
+        return True
+    p = margin_p(layer.rho.margin, layer.rho.n)
+    return p is None or min(1.0, p * layers) <= alpha
+
+
+def _rho_p(old: LayerPlan, new: LayerPlan, paired: Sequence[Moments] | None) -> float | None:
+    if old.rho is None or new.rho is None:
+        return None
+    if paired is not None:
+        return paired_p(paired[new.index])
+    return welch_p(Moments(old.rho.mean, old.rho.std, old.rho.n), Moments(new.rho.mean, new.rho.std, new.rho.n))
+
+
+def _rho_moved(old: LayerPlan, new: LayerPlan, tol: float, alpha: float, p: float | None) -> Iterator[Change]:
+    """The change of rho; it exceeds where it is above tolerance and clear, or cannot be tested."""
+    for change in _moved("rho", ("layers", new.index, "rho", "mean"), _rho(old), _rho(new), tol):
+        yield replace(change, p=p, exceeds=change.exceeds and (p is None or p <= alpha))
 
 
 def _rho(layer: LayerPlan) -> float | None:
@@ -144,13 +226,17 @@ def _moved(
 
 
 def describe(change: Change, tol: float) -> str:
-    """One line for people: ``layer 11 rho 0.412 → 0.371 (Δ -0.041, tol 0.02)``."""
+    """One line for people: ``layer 11 rho 0.412 → 0.371 (Δ -0.041, tol 0.02, p 3e-06)``."""
     place = f"layer {change.layer} {change.path[2]}" if change.layer is not None else dotted(change.path)
     line = f"{place} {_shown(change.old)} → {_shown(change.new)}"
+    if change.kind == "mode" and not change.exceeds:
+        return f"{line} (unsettled: too close to the threshold to tell)"
     if change.delta is None or change.layer is None:
         return line
     sign = "-" if change.delta < 0 else "+"
-    return f"{line} (Δ {sign}{abs(change.delta):.6g}, tol {tol:g})"
+    p = "" if change.p is None else f", p {change.p:.1g}"
+    chance = ", could be chance" if abs(change.delta) > tol and not change.exceeds else ""
+    return f"{line} (Δ {sign}{abs(change.delta):.6g}, tol {tol:g}{p}{chance})"
 
 
 def _shown(value: Any) -> str:

@@ -1,17 +1,18 @@
-"""A plan difference as text, JSON, Markdown or GitHub workflow annotations."""
+"""A plan difference as text, JSON, Markdown, JUnit XML or GitHub workflow annotations."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Mapping
+from pathlib import Path
 
 from flowmm.errors import InputError
-from flowmm.plans.diff import Change, PlanDiff, describe, diff
-from flowmm.plans.files import read_text
+from flowmm.plans.diff import Change, PlanDiff, describe
+from flowmm.plans.diff_junit import junit
 from flowmm.plans.reading import dotted, line_of
-from flowmm.plans.schema import Plan
-from flowmm.plans.shipped import resolve_plan
+
+FORMATS = ("text", "json", "markdown", "github", "junit")
 
 # GitHub shows about ten annotations per step; the rest goes into one.
 MAX_ANNOTATIONS = 8
@@ -24,9 +25,17 @@ def summary(difference: PlanDiff) -> str:
     counts = f"{len(difference.drift)} of {_plural(len(difference.changes), 'change')} count as drift"
     if not difference.changes:
         return "no change"
+    unsettled = f", {_plural(len(difference.unsettled), 'mode')} unsettled" if difference.unsettled else ""
     if not difference.drifted:
-        return f"no drift: none of {_plural(len(difference.changes), 'change')} counts{rho}"
-    return f"drift: {counts}, {_plural(len(moved), 'layer')} moved{rho}"
+        return f"no drift: none of {_plural(len(difference.changes), 'change')} counts{unsettled}{rho}"
+    return f"drift: {counts}, {_plural(len(moved), 'layer')} moved{unsettled}{rho}"
+
+
+def rule(difference: PlanDiff) -> str:
+    """One line: what a layer's rho must do to count."""
+    test = "paired t-test, same prompts" if difference.paired else "Welch's t-test"
+    layers = _plural(len(difference.new.layers), "layer")
+    return f"rho counts above {difference.tol:g} and at p <= {difference.alpha:g} ({test}, Holm over {layers})"
 
 
 def text(difference: PlanDiff) -> str:
@@ -34,6 +43,7 @@ def text(difference: PlanDiff) -> str:
     drift = difference.drift
     others = [change for change in difference.changes if change not in drift]
     lines = [f"{difference.old.short_id} → {difference.new.short_id}  {summary(difference)}"]
+    lines += [f"  {rule(difference)}"] if difference.changes else []
     lines += [f"  ! {describe(change, difference.tol)}" for change in drift]
     lines += [f"    {describe(change, difference.tol)}" for change in others]
     return "\n".join(lines) + "\n"
@@ -46,6 +56,8 @@ def to_json(difference: PlanDiff) -> str:
         "drifted": difference.drifted,
         "reasons": [describe(change, difference.tol) for change in drift],
         "tol": difference.tol,
+        "alpha": difference.alpha,
+        "test": "paired" if difference.paired else "welch",
         "fail_on": sorted(difference.fail_on),
         "max_abs_rho": difference.max_abs_rho,
         "old": {"source": difference.old.model.source, "sha256": difference.old.sha256},
@@ -63,7 +75,9 @@ def _change_json(change: Change, counts: bool) -> dict[str, object]:
         "old": change.old,
         "new": change.new,
         "delta": change.delta,
+        "p": change.p,
         "drift": counts,
+        "unsettled": change.kind == "mode" and not change.exceeds,
     }
 
 
@@ -76,7 +90,7 @@ def markdown(difference: PlanDiff) -> str:
         summary(difference).capitalize() + ".",
     ]
     if difference.changes:
-        lines += ["", "| drift | kind | change |", "|---|---|---|"]
+        lines += ["", rule(difference) + ".", "", "| drift | kind | change |", "|---|---|---|"]
         lines += [
             f"| {'yes' if change in drift else ''} | {change.kind} | {_cell(describe(change, difference.tol))} |"
             for change in difference.changes
@@ -90,22 +104,27 @@ def _cell(content: str) -> str:
     return "".join(f"\\{mark}" if mark in "\\|`*_[]@#" else mark for mark in escaped)
 
 
-def github(difference: PlanDiff, file: str, new_text: str) -> str:
-    """GitHub workflow commands: an error per drifted value, at its line in the new plan.
+def github(difference: PlanDiff, file: str, plan_text: str) -> str:
+    """GitHub workflow commands: an error per drifted value, a warning per unsettled mode, at its line in the plan file.
 
     Args:
         difference: what to report.
-        file: path of the new plan, relative to the repository.
-        new_text: its content, for true line numbers.
+        file: path of the plan to annotate, relative to the repository.
+        plan_text: its content, for true line numbers.
     """
     drift = difference.drift
     shown = drift if len(drift) <= MAX_ANNOTATIONS else drift[: MAX_ANNOTATIONS - 1]
     commands = [
-        _annotation("error", file, line_of(new_text, change.path), describe(change, difference.tol)) for change in shown
+        _annotation("error", file, line_of(plan_text, change.path), describe(change, difference.tol))
+        for change in shown
     ]
     if rest := drift[len(shown) :]:
         message = f"{len(rest)} more:\n" + "\n".join(describe(change, difference.tol) for change in rest)
-        commands.append(_annotation("error", file, line_of(new_text, rest[0].path), message))
+        commands.append(_annotation("error", file, line_of(plan_text, rest[0].path), message))
+    commands += [
+        _annotation("warning", file, line_of(plan_text, change.path), describe(change, difference.tol))
+        for change in difference.unsettled[:MAX_ANNOTATIONS]
+    ]
     if not drift:
         commands.append(_annotation("notice", file, 1, summary(difference)))
     return "\n".join(commands) + "\n"
@@ -123,27 +142,42 @@ def _property(value: str) -> str:
     return _data(value).replace(":", "%3A").replace(",", "%2C")
 
 
-def diff_files(old: str, new: str, tol: float, fail_on: Collection[str], form: str) -> tuple[PlanDiff, str]:
-    """Compare two plan files, or shipped plans, and render the difference.
-
-    Args:
-        old, new: as :func:`resolve_plan` takes them.
-        tol, fail_on: as :func:`diff`.
-        form: ``text``, ``json``, ``markdown`` or ``github``.
+def append_github_files(difference: PlanDiff, environment: Mapping[str, str]) -> None:
+    """Add the Markdown report to `$GITHUB_STEP_SUMMARY` and `drift`, `max_abs_rho` to `$GITHUB_OUTPUT`, where set.
 
     Raises:
-        InputError, PlanFormatError, PlanVersionError: a plan cannot be read, or an argument is not one of those.
+        InputError: one of these files cannot be written.
     """
-    new_path = resolve_plan(new)
-    new_text = read_text(new_path)
-    difference = diff(Plan.load(resolve_plan(old)), Plan.loads(new_text, new), tol, fail_on)
+    rho = "" if difference.max_abs_rho is None else f"{difference.max_abs_rho:.6g}"
+    outputs = f"drift={str(difference.drifted).lower()}\nmax_abs_rho={rho}\n"
+    for variable, content in (("GITHUB_STEP_SUMMARY", markdown(difference)), ("GITHUB_OUTPUT", outputs)):
+        if path := environment.get(variable):
+            try:
+                with Path(path).open("a", encoding="utf-8") as file:
+                    file.write(content)
+            except OSError as error:
+                raise InputError(f"{path}: cannot be written ({error}). Correct or unset ${variable}") from error
+
+
+def render(difference: PlanDiff, form: str, path: Path, plan_text: str) -> str:
+    """The difference in one of :data:`FORMATS`.
+
+    Args:
+        difference: what to report.
+        form: ``text``, ``json``, ``markdown``, ``github`` or ``junit``.
+        path: the plan file that annotations point into.
+        plan_text: its content.
+
+    Raises:
+        InputError: no such format.
+    """
     if form == "github":
-        file = os.path.relpath(new_path) if new_path.is_absolute() else str(new_path)
-        return difference, github(difference, file, new_text)
-    renderers = {"text": text, "json": to_json, "markdown": markdown}
+        file = os.path.relpath(path) if path.is_absolute() else str(path)
+        return github(difference, file, plan_text)
+    renderers = {"text": text, "json": to_json, "markdown": markdown, "junit": junit}
     if form not in renderers:
-        raise InputError(f"format {form!r}: expected github, {', '.join(renderers)}")
-    return difference, renderers[form](difference)
+        raise InputError(f"format {form!r}: expected one of {', '.join(FORMATS)}")
+    return renderers[form](difference)
 
 
 def _plural(count: int, noun: str) -> str:
