@@ -99,7 +99,7 @@ class MethodParameters(BaseModel):
     )
 
     selector: str = Field(
-        "proxy",
+        "proxy+kcenter",
         description="what ranks entries: proxy (eq. 8) | proxy_pool:kernel | column_mean[:rows] | kcenter[:picks] | "
         "novelty[:window] | random[:seed] | uniform, or two of them as a+b, half and half",
     )
@@ -109,12 +109,12 @@ class MethodParameters(BaseModel):
     modality_floor: float = Field(
         0.0, ge=0, le=0.5, description="share of the free entries that each present modality is sure to get"
     )
-    proxies: str = Field("last_text:32", description="rows that give importance (eq. 8): last:n | last_text:n")
+    proxies: str = Field("last:4", description="rows that give importance (eq. 8): last:n | last_text:n")
     keep_proxies: bool = Field(True, description="proxies are kept, inside the budget")
-    n_sink: int = Field(4, ge=0, description="first entries kept inside the budget; they never absorb")
+    n_sink: int = Field(1, ge=0, description="first entries kept inside the budget; they never absorb")
     gqa_reduce: Literal["mean", "max", "sum"] = Field("mean", description="query heads to KV head")
 
-    gate: bool = Field(True, description="only pivots with importance <= tau absorb (eq. 10)")
+    gate: bool = Field(False, description="only pivots with importance <= tau absorb (eq. 10)")
     tau: str = Field("pivot_quantile:0.8", description="abs:x | mean_mult:c | pivot_quantile:q | mass:mu | none")
     gate_action: Literal["reroute", "drop"] = Field(
         "reroute", description="entry whose nearest pivot is protected: next eligible pivot, or evicted"
@@ -122,9 +122,9 @@ class MethodParameters(BaseModel):
     fallback: Literal["drop", "relax_tau", "any_modality"] = Field(
         "drop", description="entry without any eligible pivot in its modality"
     )
-    min_sim: float = Field(-1.0, ge=-1, le=1, description="cosine below which an entry is evicted, not merged")
-    merge: str = Field("keep_mass", description="merge operator (eq. 5)")
-    mass: str = Field("proxy", description="masses of the mass operators: proxy (eq. 8) | column_mean[:rows]")
+    min_sim: float = Field(0.5, ge=-1, le=1, description="cosine below which an entry is evicted, not merged")
+    merge: str = Field("tangent", description="merge operator (eq. 5)")
+    mass: str = Field("column_mean:64", description="masses of the mass operators: proxy (eq. 8) | column_mean[:rows]")
     key_space: Literal["post_rope", "match_pre_rope", "pre_rope"] = Field(
         "post_rope",
         description="keys are compared and merged as cached; compared, or also merged, with rotation undone",
@@ -188,8 +188,23 @@ class MethodParameters(BaseModel):
 
 PRESETS: dict[str, dict[str, object]] = {
     # The closest literal reading of the paper (eq. 5-10); nothing forced, one operator for keys and values.
-    "paper": {"merge": "average", "keep_proxies": False, "n_sink": 0},
+    "paper": {
+        "selector": "proxy",
+        "proxies": "last_text:32",
+        "keep_proxies": False,
+        "n_sink": 0,
+        "gate": True,
+        "tau": "pivot_quantile:0.8",
+        "min_sim": -1.0,
+        "merge": "average",
+        "mass": "proxy",
+    },
+    # Chosen on the pocket model's validation split; docs/choices.md has the numbers.
     "robust": {},
+    # Best when the question is in the prompt: the entries and the masses that its last rows ask for.
+    "aware": {"selector": "proxy", "mass": "proxy", "min_sim": -1.0},
+    # Best when questions come later: entries that differ most, nothing chosen by the prompt's end.
+    "reuse": {"selector": "kcenter", "keep_proxies": False},
     # Same pivots as `robust`, nothing merged: separates selection from merging.
-    "evict": {"merge": "evict", "gate": False},
+    "evict": {"merge": "evict"},
 }

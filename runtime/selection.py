@@ -14,7 +14,9 @@ from flowmm.runtime.importance import GqaReduce, column_mean
 from flowmm.runtime.prompt import PromptLayout
 from flowmm.runtime.rotary import Rotary
 
-DEFAULT_PICKS = 8
+# Rounds of a k-center that is not told how many entries to pick at a time: enough to tell near-duplicates apart, few
+# enough that a prompt of tens of thousands of tokens waits for none of them.
+KCENTER_ROUNDS = 32
 DEFAULT_WINDOW = 64
 
 
@@ -82,26 +84,36 @@ def column_mean_score(view: LayerView, rows: float | None) -> Tensor:
 def kcenter(view: LayerView, picks: float | None) -> Tensor:
     """Greedy k-center on content: the entries farthest from everything kept so far, `picks` at a time.
 
-    Scores are minus the order of the pick; an entry that was never picked has -inf.
+    Without a number, as many at a time as make at most :data:`KCENTER_ROUNDS` rounds. Scores are minus the order of the
+    pick; an entry that was never picked has -inf.
     """
-    content, batch = view.content, min(int(picks or DEFAULT_PICKS), view.key.shape[2])
+    content = view.content
+    batch = min(int(picks or -(-view.slots // KCENTER_ROUNDS)), view.key.shape[2])
+    rounds = -(-view.slots // batch) if picks else min(KCENTER_ROUNDS, view.slots)
+    # Each row of a batch at its own pace, so that its neighbours change nothing.
+    pace = torch.full_like(view.free, batch) if picks else (view.free / KCENTER_ROUNDS).ceil().clamp(min=1)
+    taken = torch.arange(batch, device=content.device) < pace[:, None, None]
     blocked = ~view.open
     forced = view.forced.long().sort(dim=-1, descending=True, stable=True).indices[..., : view.forced_slots]
     distance = torch.full(content.shape[:3], float("inf"), device=content.device)
     for centers in forced.split(batch, dim=2):
-        gap = _squared_distance(content, _rows(content, centers))
-        distance = torch.minimum(
-            distance, gap.masked_fill(~view.forced.gather(2, centers)[:, :, None], float("inf")).amin(-1)
-        )
+        distance = _nearer(distance, content, centers, view.forced.gather(2, centers))
     score = torch.full_like(distance, float("-inf"))
-    for step in range(0, view.slots, batch):
+    for step in range(rounds):
         chosen = distance.masked_fill(blocked, -1.0).topk(batch, dim=-1)
-        order = -(step + torch.arange(batch, device=content.device, dtype=torch.float32)).expand_as(chosen.values)
-        order = order.masked_fill(chosen.values < 0, float("-inf"))
+        picked = (chosen.values >= 0) & taken
+        order = -(step * batch + torch.arange(batch, device=content.device, dtype=torch.float32))
+        order = order.expand_as(picked).masked_fill(~picked, float("-inf"))
         score = score.scatter_reduce(2, chosen.indices, order, reduce="amax", include_self=True)
-        blocked = blocked.scatter(2, chosen.indices, True)
-        distance = torch.minimum(distance, _squared_distance(content, _rows(content, chosen.indices)).amin(-1))
+        blocked = blocked | torch.zeros_like(blocked).scatter(2, chosen.indices, picked)
+        distance = _nearer(distance, content, chosen.indices, picked)
     return score
+
+
+def _nearer(distance: Tensor, content: Tensor, centers: Tensor, counted: Tensor) -> Tensor:
+    """`distance` ``[B, H, L]`` to the nearest center, with the `counted` ones of `centers` ``[B, H, C]`` added."""
+    gap = _squared_distance(content, _rows(content, centers)).masked_fill(~counted[:, :, None], float("inf"))
+    return torch.minimum(distance, gap.amin(-1))
 
 
 def _rows(content: Tensor, index: Tensor) -> Tensor:

@@ -77,9 +77,8 @@ def test_a_compressed_layer_keeps_its_contract(
 ) -> None:
     query, key, value, layout = a_layer(seed, length, padding)
     count = max(1, math.floor(share * layout.lengths[0]))
-    method = MethodParameters.model_validate(
-        {"merge": operator, "tau": gate, "gate_action": action, "fallback": fallback, "proxies": "last_text:4"}
-    )
+    options = {"merge": operator, "tau": gate, "gate_action": action, "fallback": fallback, "proxies": "last_text:4"}
+    method = MethodParameters.from_preset("paper", keep_proxies=True, n_sink=4, **options)
     proxies = find_proxies(layout, method.proxies)
     compressed = compress_layer(query, key, value, layout, proxies, (count,), torch.tensor([cross]), method, 8**-0.5)
     assignment, entries = compressed.assignment, compressed.entries
@@ -167,7 +166,7 @@ def merged_group(
         ~valid,
         torch.tensor([False]),
         torch.zeros(1, 1, 1),
-        MethodParameters(gate=False),
+        MethodParameters(min_sim=-1.0),
     )
     weights = OPERATORS[operator](gather_group(key, value, importance, assignment))
     entries = merge(operator, key, value, importance, assignment)
@@ -208,7 +207,7 @@ def test_one_proxy_row_is_reproduced(operator: str) -> None:
     """Decoding with the proxy's own query over the merged layer gives its full attention output."""
     query, key, value, layout = a_layer(7, 50)
     query[:, 1::2] = query[:, ::2]  # one query per KV head, so that the head mean is that head
-    method = MethodParameters(merge=operator, gate=False, proxies="last:1", n_sink=0, flow="off:any")
+    method = MethodParameters.from_preset("aware", merge=operator, proxies="last:1", n_sink=0, flow="off:any")
     proxies = find_proxies(layout, method.proxies)
     compressed = compress_layer(query, key, value, layout, proxies, (9,), torch.tensor([True]), method, 8**-0.5)
     entries = compressed.entries

@@ -288,7 +288,8 @@ def test_gate_and_operator_options_reach_the_tensors(model: Any, plan: Plan) -> 
         "closed": {"tau": "abs:0", "fallback": "drop"},
         "relaxed": {"tau": "abs:0", "fallback": "relax_tau"},
     }.items():
-        with flowmm.compress(model, plan, budget=0.3, method=MethodParameters().model_copy(update=change)) as run:
+        method = MethodParameters.from_preset("paper", **change)
+        with flowmm.compress(model, plan, budget=0.3, method=method) as run:
             model(**tiny_inputs(PROMPT))
         reports[name] = run.report.layers[0]
     assert reports["open"].protected < reports["gated"].protected

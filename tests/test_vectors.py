@@ -294,7 +294,7 @@ def test_pivots_from_attention_rows() -> None:
         Proxies(proxies, torch.ones_like(proxies, dtype=torch.bool)),
         (given["B"],),
         torch.tensor([True]),
-        MethodParameters(keep_proxies=given["keep_proxies"], n_sink=given["n_sink"]),
+        MethodParameters.from_preset("paper", keep_proxies=given["keep_proxies"], n_sink=given["n_sink"]),
         1.0,
     )
     assert compressed.positions[0, 0].tolist() == expected["pivots"]
