@@ -28,6 +28,8 @@ CONTROLS: dict[str, dict[str, str]] = {
     "gate_off": {"gate": "false"},
     "same_pivots_evicted": {"merge": "evict"},
     "random_pivots": {"selector": "random"},
+    "uniform_stride": {"selector": "uniform"},
+    "nothing_forced": {"keep_proxies": "false", "n_sink": "0"},
 }
 
 
