@@ -21,6 +21,10 @@ from flowmm.runtime.online import CheckAction, OnlineCheck, PlannedRho
 from flowmm.runtime.report import RunReport, build_report
 
 PREPARE_CACHE = "_prepare_cache_for_generation"
+# Rows per modality that rho is sampled from: few where it is compared with a plan (about 1 % of a long prefill), more
+# where it decides a mode.
+ROWS_THAT_CHECK = 32
+ROWS_THAT_DECIDE = 128
 
 
 class PlanFitWarning(UserWarning):
@@ -149,6 +153,7 @@ def _settings(plan: Plan, method: MethodParameters, budget: Budget, check: Check
         modes=tuple(layer.mode for layer in plan.layers),
         entries=planned_entries(plan.layer_budgets, budget),
         check=None if check is None else OnlineCheck(check, tuple(map(_planned_rho, plan.layers))),
+        rho_rows=ROWS_THAT_DECIDE if any(layer.mode == "online" for layer in plan.layers) else ROWS_THAT_CHECK,
     )
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from flowmm.runtime.importance import rows_attention
 from flowmm.runtime.prompt import PromptLayout
 
 # Fused kernels want the value width of a multiple of 8; seven columns are free for further classes.
@@ -156,10 +155,13 @@ def sampled_rho(
 
 
 def _row_masses(query: Tensor, key: Tensor, index: Tensor, valid: Tensor, columns: Tensor, scaling: float) -> Tensor:
-    """``[B, R]`` mass of each row on `columns`, averaged over heads; 16 rows at a time to bound memory."""
-    parts = []
-    for rows in index.split(16, dim=1):
-        attention = rows_attention(query, key, rows, valid, scaling)
-        mass = torch.where(columns[:, None, None, None], attention, 0.0).sum(-1)
-        parts.append(mass.flatten(1, 2).mean(1))
-    return torch.cat(parts, dim=1)
+    """``[B, R]`` mass of each row on `columns`, averaged over heads: fused attention on an indicator as its value."""
+    batch, q_heads, length, dim = query.shape
+    rows = query.gather(2, index[:, None, :, None].expand(batch, q_heads, index.shape[1], dim))
+    indicator = pad(columns[:, None, :, None].to(key.dtype), (0, dim - 1)).expand_as(key)
+    visible = (torch.arange(length, device=key.device) <= index[..., None]) & valid[:, None]
+    grouped = q_heads != key.shape[1]
+    output = scaled_dot_product_attention(
+        rows, key, indicator, attn_mask=visible[:, None], scale=scaling, enable_gqa=grouped
+    )
+    return output[..., 0].float().mean(1)

@@ -1,0 +1,107 @@
+"""The online check's false alarms, what it catches, and what it costs.
+
+``python benchmarks/online_check.py`` writes ``benchmarks/results/online_check.json``. Prompts are the pocket model's;
+the cost is that of a prefill on a random-weight model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from environment import environment
+from random_model import image_prompt, random_model
+
+import flowmm
+from flowmm.models import LoadedModel, fingerprint_model, load_model
+from flowmm.plans import Plan, resolve_plan, unprofiled_plan
+from flowmm.pocket.tasks import Sample, sample, samples
+from flowmm.runtime import OnlineCheck
+
+RESULT = Path(__file__).with_name("results") / "online_check.json"
+
+
+@torch.no_grad()
+def online_rho(model: LoadedModel, plan: Plan, prompts: Iterable[Sample]) -> np.ndarray:
+    """``[prompts, layers, 2]``: sampled rho and its standard error."""
+    rows = []
+    for prompt in prompts:
+        with flowmm.compress(model.model, plan, budget=1.0, check="adapt") as run:
+            model.model(**model.build_inputs(prompt.messages()), logits_to_keep=1)
+        rows.append([(layer.rho[0], layer.rho_standard_error[0]) for layer in run.report.layers if layer.rho])  # ty: ignore[not-subscriptable]
+    return np.array(rows)
+
+
+def alarms(rho: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """``[prompts]`` bool: the default check reports at least one layer."""
+    check = OnlineCheck("warn", ())
+    allowed = np.maximum(check.tolerance, check.sigmas * np.sqrt(std**2 + rho[..., 1] ** 2))
+    return (np.abs(rho[..., 0] - mean) > allowed).any(-1)
+
+
+def reliability(count: int) -> dict[str, Any]:
+    """Shares of prompts that the default check reports."""
+    model, plan = load_model("pocket"), Plan.load(resolve_plan("pocket"))
+    measured = [layer.rho for layer in plan.layers if layer.rho is not None]
+    mean, std = (np.array([getattr(layer, name) for layer in measured]) for name in ("mean", "std"))
+    clean = online_rho(model, plan, samples("test", count, seed=5))
+    foreign = [sample("text_needle", "test", index, images=3, facts=8, fillers=4) for index in range(50)]
+    orders = [list(order) for order in itertools.permutations(range(len(mean))) if list(order) != sorted(order)]
+    caught = [float(alarms(clean[:50], mean[order], std[order]).mean()) for order in orders]
+    swapped = [list(range(len(mean))) for _ in range(len(mean) - 1)]
+    for first, order in enumerate(swapped):
+        order[first], order[first + 1] = order[first + 1], order[first]
+    return {
+        "prompts": count,
+        "clean_alarms": float(alarms(clean, mean, std).mean()),
+        "fewer_images_alarms": float(alarms(online_rho(model, plan, foreign), mean, std).mean()),
+        "permuted_plans": len(orders),
+        "permuted_plan_alarms_mean": round(float(np.mean(caught)), 4),
+        "neighbours_swapped_alarms": [float(alarms(clean[:50], mean[order], std[order]).mean()) for order in swapped],
+    }
+
+
+@torch.no_grad()
+def cost(model: Any, length: int, repeats: int) -> dict[str, float]:
+    """Median of paired ratios: a full-budget prefill with the check over one without, modes decided by the plan."""
+    inputs = image_prompt(length)
+    plan = unprofiled_plan(fingerprint_model(model), flowmm_version=flowmm.__version__)
+    layers = [layer.model_copy(update={"mode": "cross", "forced": True}) for layer in plan.layers]
+    plan = plan.model_copy(update={"layers": tuple(layers)})
+    pairs = []
+    for _ in range(repeats + 1):
+        times = []
+        for check in (None, "adapt"):
+            with flowmm.compress(model, plan, budget=1.0, check=check):
+                start = time.perf_counter()
+                model(**inputs, logits_to_keep=1)
+                times.append(time.perf_counter() - start)
+        pairs.append(times[1] / times[0])
+    return {"tokens": length, "ratio_of_pairs_median": round(statistics.median(pairs[1:]), 4), "target": 1.02}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prompts", type=int, default=600)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--note", default="other processes were running on the machine")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    found = reliability(arguments.prompts)
+    model = random_model()
+    costs = [cost(model, length, arguments.repeats) for length in (2048, 8192)]
+    result = {"environment": environment(arguments.note), "reliability": found, "cost": costs}
+    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
