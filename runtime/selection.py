@@ -16,7 +16,7 @@ from flowmm.runtime.rotary import Rotary
 
 # Rounds of a k-center that is not told how many entries to pick at a time: enough to tell near-duplicates apart, few
 # enough that a prompt of tens of thousands of tokens waits for none of them.
-KCENTER_ROUNDS = 32
+KCENTER_ROUNDS = 16
 DEFAULT_WINDOW = 64
 
 
@@ -88,36 +88,38 @@ def kcenter(view: LayerView, picks: float | None) -> Tensor:
     pick; an entry that was never picked has -inf.
     """
     content = view.content
+    norms = content.square().sum(-1, keepdim=True)
+    ones = torch.ones_like(norms)
+    # One product gives squared distances: (-2x, |x|^2, 1) . (c, 1, |c|^2).
+    entries, centers = torch.cat([-2 * content, norms, ones], -1), torch.cat([content, ones, norms], -1)
     batch = min(int(picks or -(-view.slots // KCENTER_ROUNDS)), view.key.shape[2])
     rounds = -(-view.slots // batch) if picks else min(KCENTER_ROUNDS, view.slots)
     # Each row of a batch at its own pace, so that its neighbours change nothing.
     pace = torch.full_like(view.free, batch) if picks else (view.free / KCENTER_ROUNDS).ceil().clamp(min=1)
     taken = torch.arange(batch, device=content.device) < pace[:, None, None]
-    blocked = ~view.open
+    # Minus infinity: not open, or picked.
+    distance = torch.where(view.open, float("inf"), float("-inf"))
     forced = view.forced.long().sort(dim=-1, descending=True, stable=True).indices[..., : view.forced_slots]
-    distance = torch.full(content.shape[:3], float("inf"), device=content.device)
-    for centers in forced.split(batch, dim=2):
-        distance = _nearer(distance, content, centers, view.forced.gather(2, centers))
-    score = torch.full_like(distance, float("-inf"))
-    for step in range(rounds):
-        chosen = distance.masked_fill(blocked, -1.0).topk(batch, dim=-1)
-        picked = (chosen.values >= 0) & taken
-        order = -(step * batch + torch.arange(batch, device=content.device, dtype=torch.float32))
-        order = order.expand_as(picked).masked_fill(~picked, float("-inf"))
-        score = score.scatter_reduce(2, chosen.indices, order, reduce="amax", include_self=True)
-        blocked = blocked | torch.zeros_like(blocked).scatter(2, chosen.indices, picked)
-        distance = _nearer(distance, content, chosen.indices, picked)
-    return score
+    for some in forced.split(batch, dim=2):
+        distance = _nearer(distance, entries, centers, some, view.forced.gather(2, some))
+    order = []
+    for _ in range(rounds):
+        chosen = distance.topk(batch, dim=-1)
+        picked = (chosen.values > float("-inf")) & taken
+        order.append(torch.where(picked, chosen.indices, distance.shape[-1]))
+        distance = distance.scatter(2, chosen.indices, chosen.values.masked_fill(picked, float("-inf")))
+        distance = _nearer(distance, entries, centers, chosen.indices, picked)
+    picks_in_order = torch.cat(order, dim=-1)
+    ranks = -torch.arange(picks_in_order.shape[-1], device=content.device, dtype=torch.float32)
+    never = torch.full((*distance.shape[:2], distance.shape[-1] + 1), float("-inf"), device=content.device)
+    return never.scatter(2, picks_in_order, ranks.expand_as(picks_in_order))[..., :-1]
 
 
-def _nearer(distance: Tensor, content: Tensor, centers: Tensor, counted: Tensor) -> Tensor:
-    """`distance` ``[B, H, L]`` to the nearest center, with the `counted` ones of `centers` ``[B, H, C]`` added."""
-    gap = _squared_distance(content, _rows(content, centers)).masked_fill(~counted[:, :, None], float("inf"))
-    return torch.minimum(distance, gap.amin(-1))
-
-
-def _rows(content: Tensor, index: Tensor) -> Tensor:
-    return content.gather(2, index[..., None].expand(*index.shape, content.shape[-1]))
+def _nearer(distance: Tensor, entries: Tensor, centers: Tensor, index: Tensor, counted: Tensor) -> Tensor:
+    """`distance` ``[B, H, L]`` to the nearest center, with those `counted` of `index` ``[B, H, C]`` added."""
+    added = centers.gather(2, index[..., None].expand(*index.shape, centers.shape[-1]))
+    gap = (added @ entries.transpose(-1, -2)).masked_fill(~counted[..., None], float("inf"))
+    return torch.minimum(distance, gap.amin(2))
 
 
 def _squared_distance(left: Tensor, right: Tensor) -> Tensor:
