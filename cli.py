@@ -869,6 +869,29 @@ def evaluation(**options: Any) -> None:
 
 
 @cli.command()
+@click.argument("name", type=click.Choice(["rho", "inverted", "budgets", "theta", "ablation"]))
+@click.option("--model", default="pocket", show_default=True, help="Alias or checkpoint directory.")
+@click.option("--plan", default="pocket", show_default=True, help="Plan file or shipped name, with a measured rho.")
+@click.option("--n", type=click.IntRange(min=1), default=50, show_default=True, help="Cases per task.")
+@click.option("--split", type=click.Choice(["validation", "test"]), default="test", show_default=True)
+@click.option("--runs", type=click.Path(file_okay=False, path_type=Path), default="runs/choices", show_default=True)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="docs/figures", show_default=True)
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+def figure(name: str, out: Path, **options: Any) -> None:
+    """Measure a figure of the paper again and write it as SVG and CSV into --out.
+
+    What an earlier run left in --runs is not measured again.
+    """
+    from flowmm.evaluation.figures import write_figure
+    from flowmm.evaluation.lab import open_lab
+
+    _calm_libraries()
+    for path in write_figure(name, open_lab(**options), out):
+        click.echo(path)
+
+
+@cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list, one object per model.")
 def models(as_json: bool) -> None:
     """List the models flowmm knows by name, and what the KV cache of each costs."""

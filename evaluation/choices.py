@@ -12,14 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from flowmm.errors import FlowmmError, InputError
 from flowmm.evaluation.comparison import ALL, Line
-from flowmm.evaluation.lab import Lab, as_csv, measure_studies
+from flowmm.evaluation.lab import Lab, as_csv, measure_studies, open_lab
 from flowmm.evaluation.studies import STUDIES, Study
-from flowmm.models import load_model
-from flowmm.plans import Plan, resolve_plan
 from flowmm.plans.files import read_text, write_atomic
 
 
@@ -99,14 +95,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     if unknown := [name for name in options.studies if name not in STUDIES]:
         raise InputError(f"studies {', '.join(unknown)}: expected some of {', '.join(STUDIES)}")
-    torch.set_num_threads(1)
-    lab = Lab(
-        model=load_model(options.model, device="cpu", dtype="fp32"),
-        source=options.model,
-        plan=Plan.load(resolve_plan(options.plan)),
+    lab = open_lab(
+        model=options.model,
+        plan=options.plan,
         runs=options.runs,
         split=options.split,
-        per_task=options.n,
+        n=options.n,
         workers=options.workers,
         quiet=options.quiet,
     )

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from flowmm.evaluation.comparison import Line, compare
 from flowmm.evaluation.methods import FULL, parse_methods
 from flowmm.evaluation.plan_kinds import plan_of_kind
@@ -18,8 +20,8 @@ from flowmm.evaluation.runner import Grid, evaluate, identity_of, measuring_here
 from flowmm.evaluation.studies import Block, Study
 from flowmm.evaluation.suite import pocket_cases
 from flowmm.evaluation.workers import measuring_in_processes
-from flowmm.models import LoadedModel
-from flowmm.plans import Plan
+from flowmm.models import LoadedModel, load_model
+from flowmm.plans import Plan, resolve_plan
 
 DEFAULT_KIND = "uniform"
 Cell = tuple[str, str, float]
@@ -84,6 +86,18 @@ class Lab:
             store=RowStore(self.runs / self.weights / kind, identity_of(self.model, plan)),
             progress=None if self.quiet else ProgressLine(f"{kind} plan, {len(methods)} methods:"),
         )
+
+
+def open_lab(*, model: str, plan: str, runs: Path, split: str, n: int, workers: int = 1, quiet: bool = False) -> Lab:
+    """A lab on the CPU, in fp32 and on one thread, with a plan file or a shipped plan.
+
+    Raises:
+        FlowmmError: whatever loading raises.
+    """
+    torch.set_num_threads(1)
+    loaded, chosen = load_model(model, device="cpu", dtype="fp32"), Plan.load(resolve_plan(plan))
+    chosen.check_model(loaded.fingerprint())
+    return Lab(loaded, model, chosen, runs, split, n, workers, quiet)
 
 
 def split_variant(variant: str) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from flowmm.evaluation.methods import FULL
 from flowmm.evaluation.protocols import PROTOCOLS
 
 BUDGETS = (0.2, 0.1, 0.05, 0.02)
-THREE, TWO = (0.2, 0.1, 0.05), (0.2, 0.05)
+TWO = (0.2, 0.05)
 THETAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 
 
@@ -70,7 +70,7 @@ STUDIES = {
                 Block(("robust:merge=evict", "robust", *(f"robust:merge={name}" for name in _OPERATORS))),
                 Block(("paper:merge=evict", "paper:gate=false", "paper:merge=tangent,gate=false")),
             ),
-            THREE,
+            TWO,
         ),
         Study(
             "selector",
@@ -82,7 +82,7 @@ STUDIES = {
                     "robust:merge=evict", *(f"selector={name}" for name in ("proxy", "kcenter", "random", "uniform"))
                 ),
             ),
-            THREE,
+            TWO,
         ),
         Study(
             "tau_gate",
@@ -116,7 +116,7 @@ STUDIES = {
                     "keep_proxies=false",
                 ),
             ),
-            THREE,
+            TWO,
         ),
         Study(
             "theta",
@@ -157,21 +157,21 @@ STUDIES = {
             "Key space",
             "Are keys compared and merged as cached, or with the rotation by position undone?",
             (around("robust", "key_space=match_pre_rope", "key_space=pre_rope"),),
-            THREE,
+            TWO,
         ),
         Study(
             "min_sim",
             "Similarity floor",
             "Below which cosine is an entry evicted rather than merged?",
             (around("robust", "min_sim=-1", "min_sim=0.3", "min_sim=0.65", "min_sim=0.8"),),
-            THREE,
+            TWO,
         ),
         Study(
             "mass_source",
             "Mass source",
             "Which rows' attention weighs the entries of a merge?",
             (around("robust", "mass=proxy", "mass=column_mean:16", "mass=column_mean"),),
-            THREE,
+            TWO,
         ),
         Study(
             "layer_budgets",
