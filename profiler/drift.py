@@ -24,6 +24,7 @@ from flowmm.profiler.statistics import Measurements
 
 # Records hold all digits, plans six.
 _ROUNDING = 2e-6
+_ADVICE = "Give the records that 'flowmm profile' wrote together with this plan, or none"
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,14 @@ class PromptRho:
         """
         hashes: list[str] = []
         parts = [np.empty((0, len(plan.layers)))]
-        for table in read_tables(records):
-            if not {"sample_sha256", "layer", "rho"} <= set(table.column_names):
-                raise InputError(f"{records}: not a record file of 'flowmm profile'")
-            part = Measurements.from_tables([table]).flows["raw"]
-            hashes += table["sample_sha256"].to_pylist()[:: part.shape[1]]
-            parts.append(part)
+        try:
+            for table in read_tables(records):
+                parts.append(Measurements.from_tables([table]).flows["raw"])
+                hashes += table["sample_sha256"].to_pylist()[:: parts[-1].shape[1]]
+        except (InputError, KeyError) as error:
+            raise InputError(f"{records}: cannot be read as records ({error.__cause__ or error}). {_ADVICE}") from error
         if {part.shape[1] for part in parts} != {len(plan.layers)} or not _belongs(np.concatenate(parts), hashes, plan):
-            raise InputError(
-                f"{records}: holds other measurements than the plan of {plan.model.source} (id {plan.short_id}). Give "
-                "the records that 'flowmm profile' wrote together with this plan"
-            )
+            raise InputError(f"{records}: holds other measurements than the plan {plan.short_id}. {_ADVICE}")
         return cls(tuple(hashes), np.concatenate(parts))
 
     def changes_to(self, new: PromptRho) -> list[Moments] | None:

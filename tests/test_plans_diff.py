@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -300,3 +302,13 @@ def test_welch_and_paired_are_scipys() -> None:
 def test_holm_steps_down_and_leaves_out_what_was_not_tested() -> None:
     assert holm([0.01, None, 0.04, 0.03, 0.9]) == [0.04, None, 0.09, 0.09, 0.9]
     assert holm([]) == []
+
+
+def test_comparing_plans_imports_nothing_heavy() -> None:
+    sample = str(Path(__file__).with_name("test_plans_sample.json"))
+    code = (
+        f"import sys; from flowmm.cli import main; code = main(['diff', {sample!r}, {sample!r}]); "
+        "print(code, {'torch', 'scipy', 'numpy', 'transformers', 'pyarrow', 'rich'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "0 set()"

@@ -211,6 +211,14 @@ def test_wrong_options_stop_before_a_model_is_loaded(
     assert cli.main(["check", "--plan", str(folder / "pocket.json"), *arguments]) == 2
 
 
+def test_a_check_runs_in_one_process(
+    checked: Callable[..., PlanDiff], model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="one process"):
+        checked(model)
+
+
 def test_diff_pairs_by_records(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan, records = str(folder / "pocket.json"), str(folder / RECORDS)
     noted = tmp_path / "noted.json"
