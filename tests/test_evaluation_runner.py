@@ -61,7 +61,9 @@ def test_every_cell_is_measured_once(uninterrupted: list[Row], cases: list[Case]
 def test_rows_say_what_was_kept(uninterrupted: list[Row]) -> None:
     for row in uninterrupted:
         assert row.kept == (row.tokens if row.method == "full" else int(row.budget * row.tokens + 1e-9))
-        assert row.bytes / row.full_bytes == pytest.approx(row.kept / row.tokens)
+        share = row.bytes / row.full_bytes
+        # Beside 16 fp32 values each of key and value, an entry may have one fp32 bias.
+        assert share in (pytest.approx(row.kept / row.tokens), pytest.approx(row.kept / row.tokens * (1 + 1 / 32)))
         assert row.kl >= 0
 
 
