@@ -102,17 +102,33 @@ def kcenter(view: LayerView, picks: float | None) -> Tensor:
     forced = view.forced.long().sort(dim=-1, descending=True, stable=True).indices[..., : view.forced_slots]
     for some in forced.split(batch, dim=2):
         distance = _nearer(distance, entries, centers, some, view.forced.gather(2, some))
-    order = []
+    order, unit = [], _distance_unit(norms.masked_fill(~view.layout.valid[:, None, :, None], 0.0))
     for _ in range(rounds):
-        chosen = distance.topk(batch, dim=-1)
-        picked = (chosen.values > float("-inf")) & taken
-        order.append(torch.where(picked, chosen.indices, distance.shape[-1]))
-        distance = distance.scatter(2, chosen.indices, chosen.values.masked_fill(picked, float("-inf")))
-        distance = _nearer(distance, entries, centers, chosen.indices, picked)
+        farthest = _in_steps(distance, unit).topk(batch, dim=-1).indices
+        away = distance.gather(2, farthest)
+        picked = (away > float("-inf")) & taken
+        order.append(torch.where(picked, farthest, distance.shape[-1]))
+        distance = distance.scatter(2, farthest, away.masked_fill(picked, float("-inf")))
+        distance = _nearer(distance, entries, centers, farthest, picked)
     picks_in_order = torch.cat(order, dim=-1)
     ranks = -torch.arange(picks_in_order.shape[-1], device=content.device, dtype=torch.float32)
     never = torch.full((*distance.shape[:2], distance.shape[-1] + 1), float("-inf"), device=content.device)
     return never.scatter(2, picks_in_order, ranks.expand_as(picks_in_order))[..., :-1]
+
+
+def _distance_unit(norms: Tensor) -> Tensor:
+    """``[B, H, 1]``: about a thousandth of the largest of the squared norms ``[B, H, L, 1]``, a power of two."""
+    return torch.exp2(norms.amax((2, 3)).clamp(min=1e-30).log2().ceil())[..., None] / 1024
+
+
+def _in_steps(distance: Tensor, unit: Tensor) -> Tensor:
+    """Ranks of ``[B, H, L]`` as integers: whole units first, then the smaller position.
+
+    Equal tokens have equal content but for rounding, which depends on padding; it must not choose between them.
+    """
+    length = distance.shape[-1]
+    steps = (distance / unit).clamp(min=-1.0, max=8192.0).floor().long()
+    return steps * length + torch.arange(length - 1, -1, -1, device=distance.device)
 
 
 def _nearer(distance: Tensor, entries: Tensor, centers: Tensor, index: Tensor, counted: Tensor) -> Tensor:
