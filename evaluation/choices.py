@@ -61,11 +61,17 @@ def insert_section(document: str, name: str, section: str) -> str:
     return pattern.sub(lambda place: place[1] + section + place[2], document)
 
 
+def name_of(lab: Lab, study: Study) -> str:
+    """Name of a study's section and file: its own on the validation split, ``NAME_test`` on the test split."""
+    return study.name if lab.split == "validation" else f"{study.name}_{lab.split}"
+
+
 def section_of(lab: Lab, study: Study, blocks: Sequence[Sequence[Line]]) -> str:
     """How a study was measured, and its tables."""
+    split = "" if lab.split == "validation" else f" --split {lab.split}"
     about = (
-        f"`{study.command}`: {lab.split} split, n = {blocks[0][0].n} cases per cell, weights `{lab.weights}`, numbers "
-        f"in `results/choices/{study.name}.csv`."
+        f"`{study.command}{split} --n {lab.per_task}`: {lab.split} split, n = {blocks[0][0].n} cases per cell, weights "
+        f"`{lab.weights}`, numbers in `results/choices/{name_of(lab, study)}.csv`."
     )
     return markdown(study, blocks, about)
 
@@ -107,13 +113,13 @@ def _run(options: argparse.Namespace) -> None:
     results = measure_studies(lab, [STUDIES[name] for name in options.studies or STUDIES])
     for name, blocks in results.items():
         study = STUDIES[name]
-        section = section_of(lab, study, blocks)
+        section, place = section_of(lab, study, blocks), name_of(lab, study)
         print(f"## {study.title}\n\n{study.question}\n\n{section}")
         if options.csv is not None:
             options.csv.mkdir(parents=True, exist_ok=True)
-            write_atomic(options.csv / f"{name}.csv", as_csv(study, blocks, lab.weights))
+            write_atomic(options.csv / f"{place}.csv", as_csv(study, blocks, lab.weights))
         if options.document is not None:
-            write_atomic(options.document, insert_section(read_text(options.document), name, section))
+            write_atomic(options.document, insert_section(read_text(options.document), place, section))
 
 
 if __name__ == "__main__":
