@@ -415,9 +415,8 @@ def _warnings_as_notes() -> Generator[None]:
 @click.option(
     "--layer-budgets",
     type=click.Choice(["uniform", "measured"]),
-    default="uniform",
-    show_default=True,
-    help="measured: entries go to the layers whose compression changes the next token most.",
+    help="measured: entries go to the layers whose compression changes the next token most.  [default: measured; "
+    "uniform for --data -]",
 )
 @click.option(
     "--protocol",
@@ -455,7 +454,7 @@ def profile(
     preset: str | None,
     until_ci: float | None,
     max_bad: float,
-    layer_budgets: str,
+    layer_budgets: str | None,
     protocol: str,
     sensitivity_prompts: int,
     sample_rows: int | None,
@@ -474,6 +473,8 @@ def profile(
     import json
     import time
 
+    if layer_budgets == "measured" and "-" in data:
+        raise click.UsageError("--layer-budgets measured reads the prompts twice, and stdin can be read once")
     if decide == "lift" and rho_kind is not None:
         raise click.UsageError("--decide lift compares with uniform attention; --rho-kind goes with --decide theta")
     start = time.monotonic()
@@ -519,7 +520,7 @@ def profile(
         )
     if not first:
         return
-    if layer_budgets == "measured":
+    if layer_budgets != "uniform" and "-" not in data:
         plan = _with_layer_budgets(loaded, plan, samples, protocol, sensitivity_prompts, quiet)
     out.parent.mkdir(parents=True, exist_ok=True)
     plan.save(out)
