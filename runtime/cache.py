@@ -112,7 +112,9 @@ class FlowLayer(DynamicLayer):
         return self.kept + query_length, self.seen - self.kept
 
     def reset(self) -> None:
-        super().reset()
+        # Not every supported transformers version drops the tensors of a growing layer; some only zero them.
+        self.keys = self.values = None
+        self.is_initialized = False
         self._clear()
 
     def crop(self, tokens_to_remove: int) -> None:
