@@ -17,7 +17,6 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from flowmm.errors import InputError, ModelLoadError, UnsupportedModelError
 from flowmm.models import build_messages, family_of, fingerprint_model, load_model, text_config
-from flowmm.models.catalogue import pocket_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +224,6 @@ def test_family_of_a_bare_model(pick: Callable[[Any], Any]) -> None:
     assert family_of(pick(tiny_model())).name == "qwen25vl"
 
 
-@pytest.mark.skipif(pocket_checkpoint() is None, reason="the embedded checkpoint is not built")
 def test_pocket_loads_like_any_directory() -> None:
     loaded = load_model("pocket", device="cpu")
     inputs = loaded.build_inputs(build_messages("What is in the image?", [tiny_image(24, 24)]))
