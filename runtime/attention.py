@@ -36,9 +36,12 @@ class Flow(Protocol):
         value: Tensor,
         mask: Tensor | None,
         scaling: float,
-        base: Callable[[], tuple[Tensor, Tensor | None]],
+        base: Callable[..., tuple[Tensor, Tensor | None]],
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention output ``[B, L, Hq, D]`` and optional weights; `base` runs the host's own attention."""
+        """Attention output ``[B, L, Hq, D]`` and optional weights.
+
+        `base` runs the host's own attention: of this call, or of the query, key, value and mask it is given.
+        """
         ...
 
 
@@ -55,9 +58,11 @@ def _make_attention(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     ) -> tuple[Tensor, Tensor | None]:
         flow: Flow | None = kwargs.pop(FLOW, None)
 
-        def run_base() -> tuple[Tensor, Tensor | None]:
+        def run_base(
+            query: Tensor = query, key: Tensor = key, value: Tensor = value, mask: Tensor | None = attention_mask
+        ) -> tuple[Tensor, Tensor | None]:
             attend = _eager_of(module) if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
-            return attend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+            return attend(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
 
         layer = getattr(module, "layer_idx", None)
         if flow is None or layer is None:

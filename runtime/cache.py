@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from flowmm.errors import FlowmmError, InputError
 from flowmm.plans import MethodParameters, Mode
 from flowmm.runtime.attention import attend_compressed
 from flowmm.runtime.budgets import Entries
-from flowmm.runtime.compression import CompressedLayer, compress_layer, cross_rows
+from flowmm.runtime.compression import compress_layer, cross_rows
 from flowmm.runtime.flow import sample_rows, sampled_rho
+from flowmm.runtime.growing import Growing
+from flowmm.runtime.layer import FlowLayer
 from flowmm.runtime.online import OnlineCheck
 from flowmm.runtime.prompt import PromptLayout, Proxies, find_proxies
 from flowmm.runtime.report import LayerRecord, PrefillRecord
 from flowmm.runtime.rotary import Rotary
 
-Base = Callable[[], tuple[Tensor, Tensor | None]]
+Base = Callable[..., tuple[Tensor, Tensor | None]]
+"""The host's attention of one layer: of the call as it came, or of the query, key, value and mask it is given."""
 
 
 @dataclass(frozen=True)
@@ -45,110 +48,53 @@ class CompressionSettings:
     rho_rows: int = 128
     seed: int = 0
 
+    @property
+    def measures_rho(self) -> bool:
+        """Whether rho of each prompt is measured."""
+        return self.check is not None or "online" in self.modes
 
-class FlowLayer(DynamicLayer):
-    """One layer: compressed prompt entries, then every generated token.
 
-    ``seen`` counts true tokens, the tensors hold fewer; masks and positions of the host library follow ``seen``.
+@dataclass(frozen=True)
+class RememberedRows:
+    """Queries that a prompt's compression will ask for, kept until its last chunk has come.
+
+    Attributes:
+        columns: ascending, on the host.
+        queries: per layer, those seen so far, ``[B, Hq, r, D]`` each.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._clear()
+    columns: tuple[int, ...]
+    queries: tuple[list[Tensor], ...]
 
-    def _clear(self) -> None:
-        self.seen = 0
-        self.prompt_length = 0
-        self.bias: Tensor | None = None
-        self.positions: Tensor | None = None
+    @classmethod
+    def of(
+        cls,
+        layout: PromptLayout,
+        proxies: Proxies,
+        rho_rows: tuple[tuple[Tensor, Tensor], ...],
+        settings: CompressionSettings,
+    ) -> Self:
+        """Proxies and the row sample; every row where the method reads every row's attention."""
+        wanted = torch.zeros_like(layout.valid[0])
+        wanted[proxies.index.flatten()] = True
+        for index, _ in rho_rows if settings.measures_rho else ():
+            wanted[index.flatten()] = True
+        if "column_mean" in settings.method.selector + settings.method.mass:
+            wanted[:] = True
+        return cls(tuple(wanted.nonzero().flatten().tolist()), tuple([] for _ in settings.modes))
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        new = key_states.shape[-2]
-        self.seen += new
-        if self.bias is not None:
-            self.bias = pad(self.bias, (0, new))
-        return super().update(key_states, value_states, *args, **kwargs)
+    def remember(self, layer: int, query: Tensor, start: int) -> None:
+        """Keep what will be asked for of the rows ``start, start + 1, ...`` in `query` ``[B, Hq, q, D]``."""
+        first, last = (bisect_left(self.columns, column) for column in (start, start + query.shape[2]))
+        columns = torch.tensor(self.columns[first:last], device=query.device) - start
+        self.queries[layer].append(query.index_select(2, columns.long()))
 
-    def replace_prompt(self, compressed: CompressedLayer) -> None:
-        """Swap the prompt's full entries for its compressed ones."""
-        self.keys, self.values = compressed.entries.keys, compressed.entries.values
-        self.bias, self.positions = compressed.entries.bias, compressed.positions
-        self.prompt_length = self.seen
-
-    def replace_by_rows(self, layers: Sequence[FlowLayer]) -> None:
-        """Hold the rows of several layers that saw equally many tokens; the shorter get empty slots at their end."""
-        width = max(layer.kept for layer in layers)
-        keys, values, biases = zip(*(layer._widened(width) for layer in layers), strict=True)
-        self.lazy_initialization(keys[0], values[0])
-        self.keys, self.values = torch.cat(keys), torch.cat(values)
-        if any(layer.bias is not None or layer.kept < width for layer in layers):
-            self.bias = torch.cat(biases)
-        self.seen, self.prompt_length = layers[0].seen, layers[0].prompt_length
-
-    def _widened(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values and bias with empty slots up to `width`."""
-        keys, values = self.keys, self.values
-        if keys is None or values is None:
-            raise FlowmmError("a layer that has seen no prompt has no rows")
-        bias = torch.zeros(keys.shape[:3], device=keys.device) if self.bias is None else self.bias
-        gap = width - keys.shape[-2]
-        return pad(keys, (0, 0, 0, gap)), pad(values, (0, 0, 0, gap)), pad(bias, (0, gap), value=float("-inf"))
-
-    @property
-    def kept(self) -> int:
-        """Entries held per KV head, generated tokens included."""
-        return self.keys.shape[-2] if self.is_initialized and self.keys is not None else 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the real tensors: keys, values and bias."""
-        held = (self.keys, self.values, self.bias)
-        return sum(tensor.nbytes for tensor in held if tensor is not None)
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.kept + query_length, self.seen - self.kept
-
-    def reset(self) -> None:
-        # Not every supported transformers version drops the tensors of a growing layer; some only zero them.
-        self.keys = self.values = None
-        self.is_initialized = False
-        self._clear()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest ``abs(tokens_to_remove)`` tokens.
-
-        Raises:
-            FlowmmError: that many were not appended since the prompt was merged.
-        """
-        removed = abs(int(tokens_to_remove))
-        if removed > self.seen - self.prompt_length and self.positions is not None:
-            raise FlowmmError(
-                f"cannot remove {removed} tokens: only {self.seen - self.prompt_length} were appended after the "
-                "prompt was merged, and merged entries cannot be taken apart"
-            )
-        super().crop(-removed)
-        self.seen -= removed
-        if self.bias is not None and removed:
-            self.bias = self.bias[..., :-removed]
-
-    def _map_rows(self, pick: Any) -> None:
-        self.bias = None if self.bias is None else pick(self.bias)
-        self.positions = None if self.positions is None else pick(self.positions)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._map_rows(lambda rows: rows[indices])
+    def recall(self, layer: int, width: int) -> Tensor:
+        """``[B, Hq, width, D]`` with the kept rows in their places and zeros elsewhere; they are kept no longer."""
+        rows = torch.cat(self.queries[layer], dim=2)
+        self.queries[layer].clear()
+        query = rows.new_zeros(*rows.shape[:2], width, rows.shape[3])
+        return query.index_copy_(2, torch.tensor(self.columns, device=rows.device), rows)
 
 
 @dataclass(frozen=True)
@@ -162,6 +108,8 @@ class Prompt:
         whole: every layer keeps everything: the host's attention runs untouched.
         rho_rows: sampled visual and text rows for an online rho.
         record: filled layer by layer.
+        rows: columns whose queries must be remembered, because the prompt comes in several calls; ``None``: it comes
+            in one.
     """
 
     layout: PromptLayout
@@ -170,10 +118,11 @@ class Prompt:
     whole: bool
     rho_rows: tuple[tuple[Tensor, Tensor], ...]
     record: PrefillRecord
+    rows: RememberedRows | None = None
 
     @classmethod
-    def of(cls, layout: PromptLayout, settings: CompressionSettings) -> Prompt:
-        """Budgets, proxies and row sample of a prompt.
+    def of(cls, layout: PromptLayout, settings: CompressionSettings, in_chunks: bool = False) -> Prompt:
+        """Budgets, proxies and row sample of a prompt; `in_chunks`: its tokens come in several forward calls.
 
         Raises:
             InputError: a row holds nothing but padding.
@@ -184,14 +133,22 @@ class Prompt:
         counts = tuple(zip(*by_row, strict=True))
         generator = torch.Generator().manual_seed(settings.seed)
         strata = (layout.visual, layout.valid & ~layout.visual)
+        proxies = find_proxies(layout, settings.method.proxies)
+        rho_rows = tuple(sample_rows(stratum, settings.rho_rows, generator) for stratum in strata)
         return cls(
             layout=layout,
-            proxies=find_proxies(layout, settings.method.proxies),
+            proxies=proxies,
             counts=counts,
             whole=all(layer == layout.lengths for layer in counts),
-            rho_rows=tuple(sample_rows(stratum, settings.rho_rows, generator) for stratum in strata),
+            rho_rows=rho_rows,
             record=PrefillRecord(lengths=layout.lengths, layers=[], findings=[]),
+            rows=RememberedRows.of(layout, proxies, rho_rows, settings) if in_chunks else None,
         )
+
+    @property
+    def width(self) -> int:
+        """Columns of the prompt, padding included."""
+        return self.layout.valid.shape[1]
 
 
 class FlowCache(Cache):
@@ -206,9 +163,7 @@ class FlowCache(Cache):
         self.states = [FlowLayer() for _ in settings.modes]
         super().__init__(layers=[*self.states])
         self.settings = settings
-        self._prompt: Prompt | None = None
-        self._rotary: Rotary | None = None
-        self._in_forward = False
+        self._forget()
 
     @classmethod
     def from_states(
@@ -235,7 +190,7 @@ class FlowCache(Cache):
         cache._prompt, cache._rotary = Prompt.of(layout, settings), rotary
         for layer, (query, key, value) in enumerate(states):
             cache.states[layer].update(key, value)
-            cache._compress(layer, cache._prompt, query, key, value, scaling)
+            cache._compress(layer, cache._prompt, query, scaling)
         cache._rotary = None
         return cache
 
@@ -259,34 +214,104 @@ class FlowCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys, values and biases held now."""
+        """Bytes of all entries held now: keys, values and biases."""
         return sum(layer.nbytes for layer in self.states)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes taken beyond :attr:`nbytes` for tokens to come."""
+        return sum(layer.reserved_bytes for layer in self.states)
 
     def reset(self) -> None:
         super().reset()
-        self._prompt, self._rotary, self._in_forward = None, None, False
+        self._forget()
 
-    def begin_forward(self, visual: Tensor, valid: Tensor) -> None:
+    def _forget(self) -> None:
+        self._prompt: Prompt | None = None
+        self._announced: PromptLayout | int | None = None
+        self._rotary: Rotary | None = None
+        self._in_forward = False
+        self.ids: Growing | None = None
+        self.rope_deltas: Tensor | None = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if self.ids is not None:
+            self.ids.drop_last(abs(int(tokens_to_remove)))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map_rows(lambda rows: rows[indices])
+
+    def _map_rows(self, pick: Callable[[Tensor], Tensor]) -> None:
+        if self.ids is not None:
+            self.ids.map_rows(pick)
+
+    def announce_chunks(self, visual: Tensor, valid: Tensor) -> None:
+        """Say what the prompt is, because it will come in several forward calls.
+
+        Args:
+            visual, valid: as for :meth:`begin_forward`, of the whole prompt.
+        """
+        self._announced = PromptLayout.from_masks(visual, valid)
+
+    def announce_drafts(self, prompt_length: int) -> None:
+        """Say that the first forward call brings `prompt_length` tokens of the prompt and drafted tokens after them."""
+        self._announced = prompt_length
+
+    def begin_forward(self, visual: Tensor, valid: Tensor, ids: Tensor | None = None) -> None:
         """Take note of the tokens about to be fed.
 
         Args:
             visual: ``[B, q]`` bool.
             valid: ``[B, q]`` bool, False on padding.
+            ids: ``[B, q]``, remembered for :attr:`ids`.
 
         Raises:
             InputError: a row of nothing but padding, or padding inside the tokens of a later turn.
         """
         self._in_forward = True
-        if self.get_seq_length() == 0:
-            self._prompt = Prompt.of(PromptLayout.from_masks(visual, valid), self.settings)
-        elif visual.shape[1] > 1 and not bool(valid.all()):
+        seen = self.get_seq_length()
+        if seen == 0:
+            self._prompt = self._next_prompt(visual, valid)
+        elif visual.shape[1] > 1 and self._open_rows(seen) == 0 and not bool(valid.all()):
             raise InputError(
                 "the new tokens of this turn contain padding; continue rows of different length one by one"
             )
+        if ids is not None:
+            self._remember_ids(ids)
+
+    def _remember_ids(self, ids: Tensor) -> None:
+        if self.ids is None:
+            self.ids = Growing(ids, dim=1)
+        else:
+            self.ids.append(ids)
+
+    def _next_prompt(self, visual: Tensor, valid: Tensor) -> Prompt:
+        announced, self._announced = self._announced, None
+        if isinstance(announced, PromptLayout):
+            return Prompt.of(announced, self.settings, in_chunks=True)
+        end = visual.shape[1] if announced is None else announced
+        return Prompt.of(PromptLayout.from_masks(visual[:, :end], valid[:, :end]), self.settings)
+
+    def _open_rows(self, seen: int) -> int:
+        """Rows of the prompt that come after the first `seen`."""
+        return 0 if self._prompt is None else max(0, self._prompt.width - seen)
 
     def see_rotary(self, cos: Tensor, sin: Tensor, sections: list[int]) -> None:
         """Take note of the rotary embedding of the tokens about to be fed, see :meth:`Rotary.from_host`."""
-        self._rotary = Rotary.from_host(cos, sin, sections)
+        if self._open_rows(self.get_seq_length()) == 0:
+            return
+        part = Rotary.from_host(cos, sin, sections)
+        self._rotary = part if self._rotary is None else self._rotary.followed_by(part)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -301,47 +326,75 @@ class FlowCache(Cache):
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, base: Base
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention of one layer: the host's own in prefill, then compression; afterwards over what was kept."""
+        """Attention of one layer: the host's own for the prompt, then compression; afterwards over what was kept."""
         states, prompt = self.states[layer], self._prompt
         if prompt is None:
             raise FlowmmError("attention ran before the cache saw the prompt; call the top model, not an inner module")
-        last = layer == len(self.states) - 1
-        if states.seen == query.shape[2]:
+        new = query.shape[2]
+        start = states.seen - new
+        rows = min(new, self._open_rows(start))
+        if prompt.whole or rows == new:
             output = base()
-            self._compress(layer, prompt, query, key, value, scaling)
-            if last:
-                self._end_forward()
-            if last and self.settings.check is not None:
-                prompt.record.findings.extend(
-                    self.settings.check.compare(prompt.record.layers, prompt.layout.mixed.tolist())
-                )
-                self.settings.check.act(prompt.record.findings)
-            return output
-        if last:
-            self._end_forward()
-        if prompt.whole:
-            return base()
-        return attend_compressed(query, key, value, states.bias, scaling), None
+        elif rows == 0:
+            output = attend_compressed(query, key, value, states.bias, scaling), None
+        else:
+            width = start + rows
+            output = base(
+                query[:, :, :rows],
+                key[:, :, :width],
+                value[:, :, :width],
+                None if mask is None else mask[..., :rows, :width],
+            )
+        if rows:
+            self._finish_rows(layer, prompt, query[:, :, :rows], start, scaling)
+        if 0 < rows < new and not prompt.whole:
+            output = self._with_drafts(output[0], query[:, :, rows:], states, scaling), None
+        if layer == len(self.states) - 1:
+            self._in_forward = False
+        return output
 
-    def _end_forward(self) -> None:
-        self._in_forward, self._rotary = False, None
+    @staticmethod
+    def _with_drafts(prompt: Tensor, query: Tensor, states: FlowLayer, scaling: float) -> Tensor:
+        """The prompt's output ``[B, L, Hq, D]`` and that of the drafted tokens, which see the compressed prompt."""
+        keys, values = states.first_entries(states.kept)
+        return torch.cat([prompt, attend_compressed(query, keys, values, states.bias, scaling)], dim=1)
+
+    def _finish_rows(self, layer: int, prompt: Prompt, query: Tensor, start: int, scaling: float) -> None:
+        """Remember what rows of the prompt must be remembered; compress once its last row was seen."""
+        if prompt.rows is not None:
+            prompt.rows.remember(layer, query, start)
+        if start + query.shape[2] < prompt.width:
+            return
+        if prompt.rows is not None:
+            query = prompt.rows.recall(layer, prompt.width)
+        self._compress(layer, prompt, query, scaling)
+        if layer < len(self.states) - 1:
+            return
+        self._rotary = None
+        if self.settings.check is not None:
+            findings = self.settings.check.compare(prompt.record.layers, prompt.layout.mixed.tolist())
+            prompt.record.findings.extend(findings)
+            self._in_forward = False
+            self.settings.check.act(prompt.record.findings)
 
     @torch.no_grad()
-    def _compress(self, layer: int, prompt: Prompt, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+    def _compress(self, layer: int, prompt: Prompt, query: Tensor, scaling: float) -> None:
+        """Compress the prompt's entries of a layer; `query` ``[B, Hq, width, D]``."""
         settings, states, layout = self.settings, self.states[layer], prompt.layout
         mode, method, counts = settings.modes[layer], settings.method, prompt.counts[layer]
-        rho = None
-        if mode == "online" or settings.check is not None:
-            rho = sampled_rho(query, key, layout, prompt.rho_rows, scaling)
+        key, value = states.first_entries(prompt.width)
+        rotary = None if self._rotary is None else self._rotary.first(prompt.width)
+        rho = sampled_rho(query, key, layout, prompt.rho_rows, scaling) if settings.measures_rho else None
         cross = cross_rows(mode, None if rho is None else rho.rho, layout, method)
         if settings.check is not None and rho is not None:
             cross = settings.check.adapt(cross, rho, layer, method)
-        bytes_before, compressed = states.nbytes, None
+        bytes_before, compressed = key.nbytes + value.nbytes, None
         # A padded layer goes through even when it keeps everything: its padding must leave.
         if not prompt.whole and (counts != layout.lengths or layout.padded):
             compressed = compress_layer(
-                query, key, value, layout, prompt.proxies, counts, cross, method, scaling, self._rotary, layer
+                query, key, value, layout, prompt.proxies, counts, cross, method, scaling, rotary, layer
             )
-            states.replace_prompt(compressed)
+            states.replace_prompt(compressed, prompt.width)
+        bytes_after = states.bytes_per_entry * (prompt.width if compressed is None else max(counts))
         record = LayerRecord.of(layer, mode, cross, rho, counts, key.shape[1], compressed)
-        prompt.record.layers.append(record.with_bytes(bytes_before, states.nbytes))
+        prompt.record.layers.append(record.with_bytes(bytes_before, bytes_after))

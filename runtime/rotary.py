@@ -26,6 +26,14 @@ class Rotary:
             )
         return cls(cos, sin)
 
+    def followed_by(self, later: Rotary) -> Rotary:
+        """Of these tokens and of those of `later` after them."""
+        return Rotary(torch.cat([self.cos, later.cos], dim=1), torch.cat([self.sin, later.sin], dim=1))
+
+    def first(self, count: int) -> Rotary:
+        """Of the first `count` tokens."""
+        return Rotary(self.cos[:, :count], self.sin[:, :count])
+
     def undo(self, keys: Tensor) -> Tensor:
         """``[B, H, L, D]`` rotated keys to fp32 keys without position."""
         return _turn(keys.float(), self.cos[:, None].float(), -self.sin[:, None].float())
