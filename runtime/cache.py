@@ -23,6 +23,7 @@ from flowmm.runtime.online import OnlineCheck
 from flowmm.runtime.prompt import PromptLayout, Proxies, find_proxies
 from flowmm.runtime.report import LayerRecord, PrefillRecord
 from flowmm.runtime.rotary import Rotary
+from flowmm.runtime.shared import Shared
 
 Base = Callable[..., tuple[Tensor, Tensor | None]]
 """The host's attention of one layer: of the call as it came, or of the query, key, value and mask it is given."""
@@ -175,6 +176,7 @@ class FlowCache(Cache):
         rotary: Rotary | None = None,
     ) -> Self:
         """The cache that a prefill with these states would have left behind, without running the model.
+        shared: Sequence[Shared] | None = None,
 
         Args:
             settings: of the run.
@@ -184,13 +186,14 @@ class FlowCache(Cache):
             rotary: of the prompt, where ``settings.method.needs_rotary``.
 
         Raises:
+            shared: of each layer, the same for all caches of one prompt, to compute once what they have in common.
             InputError: a row holds nothing but padding.
         """
         cache = cls(settings)
         cache._prompt, cache._rotary = Prompt.of(layout, settings), rotary
         for layer, (query, key, value) in enumerate(states):
             cache.states[layer].update(key, value)
-            cache._compress(layer, cache._prompt, query, scaling)
+            cache._compress(layer, cache._prompt, query, scaling, None if shared is None else shared[layer])
         cache._rotary = None
         return cache
 
@@ -378,7 +381,9 @@ class FlowCache(Cache):
             self.settings.check.act(prompt.record.findings)
 
     @torch.no_grad()
-    def _compress(self, layer: int, prompt: Prompt, query: Tensor, scaling: float) -> None:
+    def _compress(
+        self, layer: int, prompt: Prompt, query: Tensor, scaling: float, shared: Shared | None = None
+    ) -> None:
         """Compress the prompt's entries of a layer; `query` ``[B, Hq, width, D]``."""
         settings, states, layout = self.settings, self.states[layer], prompt.layout
         mode, method, counts = settings.modes[layer], settings.method, prompt.counts[layer]
@@ -392,7 +397,7 @@ class FlowCache(Cache):
         # A padded layer goes through even when it keeps everything: its padding must leave.
         if not prompt.whole and (counts != layout.lengths or layout.padded):
             compressed = compress_layer(
-                query, key, value, layout, prompt.proxies, counts, cross, method, scaling, rotary, layer
+                query, key, value, layout, prompt.proxies, counts, cross, method, scaling, rotary, layer, shared
             )
             states.replace_prompt(compressed, prompt.width)
         bytes_after = states.bytes_per_entry * (prompt.width if compressed is None else max(counts))

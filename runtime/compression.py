@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +12,20 @@ from flowmm.plans import MethodParameters, Mode
 from flowmm.plans.method import MASS_RULES, parse_rule
 from flowmm.runtime.importance import proxy_importance
 from flowmm.runtime.matching import Assignment, assign, tau_threshold
-from flowmm.runtime.merging import MergedEntries, merge
+from flowmm.runtime.merging import MASS_OPERATORS, MergedEntries, merge
 from flowmm.runtime.pivots import Pivots, complement, select_pivots
 from flowmm.runtime.prompt import PromptLayout, Proxies
 from flowmm.runtime.rotary import Rotary
 from flowmm.runtime.selection import LayerView, column_mean_score, selection_scores
+from flowmm.runtime.shared import Shared
+
+# Parameters that a stage's outcome does not depend on, beside what decides the mode: `cross` and `counts` say it all.
+_DECIDED = frozenset({"preset", "budget", "theta", "rho_kind", "flow"})
+_AFTER_MATCHING = frozenset({"merge", "mass"})
+_AFTER_SELECTION = frozenset(
+    {"gate", "tau", "gate_action", "fallback", "cross_scope", "min_sim", "key_space"} | _AFTER_MATCHING
+)
+_OF_THE_GATE = frozenset({"tau", "gate_action"})
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,7 @@ def compress_layer(
     scaling: float,
     rotary: Rotary | None = None,
     layer: int = 0,
+    shared: Shared | None = None,
 ) -> CompressedLayer:
     """Compress the prompt's entries of one layer (eq. 5 and 8-10).
 
@@ -99,9 +110,17 @@ def compress_layer(
         scaling: softmax scale.
         rotary: needed when ``method.needs_rotary``.
         layer: index, for random pivots.
+        shared: of this layer of this prompt, for all its compressions; they take from each other what they have in
+            common. Their tensors must not be changed in place.
     """
+    # What tells modes apart must be read from the device; a compression on its own need not know.
+    modes = () if shared is None else tuple(cross.tolist())
+    shared = shared or Shared()
     kept = torch.tensor(counts, device=key.device)
-    importance = proxy_importance(query, key, proxies, layout.valid, scaling, method.gqa_reduce)
+    importance = shared.once(
+        ("importance", method.proxies, method.gqa_reduce),
+        lambda: proxy_importance(query, key, proxies, layout.valid, scaling, method.gqa_reduce),
+    )
     forced = forced_entries(layout, proxies, kept, method)
     view = LayerView(
         query=query,
@@ -116,12 +135,34 @@ def compress_layer(
         layer=layer,
         scaling=scaling,
         reduce=method.gqa_reduce,
+        shared=shared,
     )
-    pivots = select_pivots(selection_scores(view, method), forced, layout.valid, kept, max(counts))
-    assignment = _assign(view, pivots, forced, counts, cross, proxies, method)
-    entries = _merge(view, value, assignment, method)
+    pivots = shared.once(
+        ("pivots", counts, _parameters(method, _DECIDED | _AFTER_SELECTION)),
+        lambda: select_pivots(selection_scores(view, method), forced, layout.valid, kept, max(counts)),
+    )
+    unused = _DECIDED if method.gate else _DECIDED | _OF_THE_GATE
+    assignment = shared.once(
+        ("assignment", counts, modes, _parameters(method, unused | _AFTER_MATCHING)),
+        lambda: _assign(view, pivots, forced, counts, cross, proxies, method),
+    )
+    return shared.once(
+        ("compressed", counts, modes, _parameters(method, unused)),
+        lambda: _compressed(view, value, counts, assignment, method),
+    )
+
+
+def _parameters(method: MethodParameters, unused: frozenset[str]) -> tuple[Any, ...]:
+    """Values of all parameters but the unused."""
+    return tuple(value for name, value in method if name not in unused)
+
+
+def _compressed(
+    view: LayerView, value: Tensor, counts: tuple[int, ...], assignment: Assignment, method: MethodParameters
+) -> CompressedLayer:
+    entries, pivots = _merge(view, value, assignment, method), assignment.pivots
     if min(counts) < max(counts):
-        bias = torch.zeros(pivots.index.shape, device=key.device) if entries.bias is None else entries.bias
+        bias = torch.zeros(pivots.index.shape, device=value.device) if entries.bias is None else entries.bias
         entries = replace(entries, bias=bias.masked_fill(~pivots.filled, float("-inf")))
     return CompressedLayer(entries, assignment, pivots.index)
 
@@ -138,7 +179,8 @@ def _assign(
     layout, at_pivots = view.layout, view.importance.gather(2, pivots.index)
     leaving = max(length - count for length, count in zip(layout.lengths, counts, strict=True))
     free = pivots.filled & ~view.forced.gather(2, pivots.index)
-    tau = tau_threshold(method.tau, at_pivots, free, layout.valid.sum(-1), proxies.used.sum(-1))
+    rule = method.tau if method.gate else "none"
+    tau = tau_threshold(rule, at_pivots, free, layout.valid.sum(-1), proxies.used.sum(-1))
     compared = view.key if method.key_space == "post_rope" else view.content
     evicted = complement(pivots, layout.valid, leaving)
     return assign(compared, layout.visual, view.importance, pivots, evicted, forced, cross, tau, method)
@@ -148,7 +190,7 @@ def _merge(view: LayerView, value: Tensor, assignment: Assignment, method: Metho
     """Merge keys as cached, or in content space with each merged key turned to its pivot's position."""
     masses = view.importance
     name, rows = parse_rule(method.mass, MASS_RULES)
-    if name == "column_mean":
+    if name == "column_mean" and method.merge in MASS_OPERATORS:
         masses = column_mean_score(view, rows)
     if method.key_space != "pre_rope" or view.rotary is None:
         return merge(method.merge, view.key, value, masses, assignment)

@@ -190,6 +190,9 @@ OPERATORS: dict[str, Callable[[Group], Weights]] = {
     )
 }
 
+# Operators that read masses; for the others they need not be computed.
+MASS_OPERATORS = frozenset({"mass", "keep_mass", "keep_mass_bias", "tangent"})
+
 
 @dataclass(frozen=True)
 class MergedEntries:

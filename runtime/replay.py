@@ -24,6 +24,7 @@ from flowmm.runtime.cache import CompressionSettings, FlowCache, Prompt
 from flowmm.runtime.flow import sampled_rho
 from flowmm.runtime.prompt import PromptLayout
 from flowmm.runtime.rotary import Rotary
+from flowmm.runtime.shared import Shared
 
 Message = Mapping[str, Any]
 
@@ -129,7 +130,7 @@ class Prefill:
 
     def cache(self, settings: CompressionSettings) -> FlowCache:
         """The cache that a run with these settings would have left behind."""
-        return FlowCache.from_states(settings, self.layout, self.states, self.scaling, self.rotary)
+        return FlowCache.from_states(settings, self.layout, self.states, self.scaling, self.rotary, self._shared)
 
     def full_cache(self) -> FlowCache:
         """The uncompressed cache."""
@@ -166,6 +167,10 @@ class Prefill:
         if planned != "online":
             return planned
         return "cross" if bool(self._sampled_rho[layer] > theta) else "intra"
+
+    @cached_property
+    def _shared(self) -> list[Shared]:
+        return [Shared() for _ in self.states]
 
     @cached_property
     def _sampled_rho(self) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from flowmm.plans.method import MethodParameters, parse_selector
 from flowmm.runtime.importance import GqaReduce, column_mean
 from flowmm.runtime.prompt import PromptLayout
 from flowmm.runtime.rotary import Rotary
+from flowmm.runtime.shared import Shared
 
 # Rounds of a k-center that is not told how many entries to pick at a time: enough to tell near-duplicates apart, few
 # enough that a prompt of tens of thousands of tokens waits for none of them.
@@ -31,10 +32,11 @@ class LayerView:
         layout: modality and padding.
         forced: ``[B, Hkv, L]`` bool, entries kept in any case; at most `forced_slots` per head.
         free: ``[B]`` long, entries left to choose.
-        slots: largest number of entries kept in any row, on the host.
+        slots: at least the largest number of entries left to choose in any row, on the host.
         layer: index, for seeds.
         scaling: softmax scale.
         reduce: query heads to KV head.
+        shared: what other compressions of the same layer computed, or will use.
     """
 
     query: Tensor
@@ -49,13 +51,15 @@ class LayerView:
     layer: int
     scaling: float
     reduce: GqaReduce
+    shared: Shared = field(default_factory=Shared)
 
     @property
     def content(self) -> Tensor:
         """``[B, Hkv, L, D]`` fp32 keys with rotation undone."""
         if self.rotary is None:
             raise ValueError("this selector compares unrotated keys and needs the prompt's rotary embedding")
-        return self.rotary.undo(self.key)
+        rotary = self.rotary
+        return self.shared.once("content", lambda: rotary.undo(self.key))
 
     @property
     def open(self) -> Tensor:
@@ -76,8 +80,10 @@ def proxy_pool(view: LayerView, kernel: float | None) -> Tensor:
 
 def column_mean_score(view: LayerView, rows: float | None) -> Tensor:
     """Mean attention received from the prompt rows that can see the entry; `rows` of them, or all."""
-    return column_mean(
-        view.query, view.key, view.layout, view.scaling, view.reduce, None if rows is None else int(rows)
+    count = None if rows is None else int(rows)
+    return view.shared.once(
+        ("column_mean", count, view.reduce),
+        lambda: column_mean(view.query, view.key, view.layout, view.scaling, view.reduce, count),
     )
 
 
@@ -87,22 +93,18 @@ def kcenter(view: LayerView, picks: float | None) -> Tensor:
     Without a number, as many at a time as make at most :data:`KCENTER_ROUNDS` rounds. Scores are minus the order of the
     pick; an entry that was never picked has -inf.
     """
-    content = view.content
-    norms = content.square().sum(-1, keepdim=True)
-    ones = torch.ones_like(norms)
-    # One product gives squared distances: (-2x, |x|^2, 1) . (c, 1, |c|^2).
-    entries, centers = torch.cat([-2 * content, norms, ones], -1), torch.cat([content, ones, norms], -1)
+    entries, centers, unit = view.shared.once("distances", lambda: _distances(view))
     batch = min(int(picks or -(-view.slots // KCENTER_ROUNDS)), view.key.shape[2])
     rounds = -(-view.slots // batch) if picks else min(KCENTER_ROUNDS, view.slots)
     # Each row of a batch at its own pace, so that its neighbours change nothing.
     pace = torch.full_like(view.free, batch) if picks else (view.free / KCENTER_ROUNDS).ceil().clamp(min=1)
-    taken = torch.arange(batch, device=content.device) < pace[:, None, None]
+    taken = torch.arange(batch, device=entries.device) < pace[:, None, None]
     # Minus infinity: not open, or picked.
     distance = torch.where(view.open, float("inf"), float("-inf"))
     forced = view.forced.long().sort(dim=-1, descending=True, stable=True).indices[..., : view.forced_slots]
     for some in forced.split(batch, dim=2):
         distance = _nearer(distance, entries, centers, some, view.forced.gather(2, some))
-    order, unit = [], _distance_unit(norms.masked_fill(~view.layout.valid[:, None, :, None], 0.0))
+    order = []
     for _ in range(rounds):
         farthest = _in_steps(distance, unit).topk(batch, dim=-1).indices
         away = distance.gather(2, farthest)
@@ -111,9 +113,19 @@ def kcenter(view: LayerView, picks: float | None) -> Tensor:
         distance = distance.scatter(2, farthest, away.masked_fill(picked, float("-inf")))
         distance = _nearer(distance, entries, centers, farthest, picked)
     picks_in_order = torch.cat(order, dim=-1)
-    ranks = -torch.arange(picks_in_order.shape[-1], device=content.device, dtype=torch.float32)
-    never = torch.full((*distance.shape[:2], distance.shape[-1] + 1), float("-inf"), device=content.device)
+    ranks = -torch.arange(picks_in_order.shape[-1], device=entries.device, dtype=torch.float32)
+    never = torch.full((*distance.shape[:2], distance.shape[-1] + 1), float("-inf"), device=entries.device)
     return never.scatter(2, picks_in_order, ranks.expand_as(picks_in_order))[..., :-1]
+
+
+def _distances(view: LayerView) -> tuple[Tensor, Tensor, Tensor]:
+    """Entries and centers ``[B, H, L, D + 2]`` whose product is the squared distance of content, and its unit."""
+    content = view.content
+    norms = content.square().sum(-1, keepdim=True)
+    ones = torch.ones_like(norms)
+    # (-2x, |x|^2, 1) . (c, 1, |c|^2)
+    entries, centers = torch.cat([-2 * content, norms, ones], -1), torch.cat([content, ones, norms], -1)
+    return entries, centers, _distance_unit(norms.masked_fill(~view.layout.valid[:, None, :, None], 0.0))
 
 
 def _distance_unit(norms: Tensor) -> Tensor:
@@ -218,7 +230,11 @@ def _half_and_half(view: LayerView, first: Tensor, name: str, number: float | No
     chosen = (_ranks(first, view.open) < (view.free // 2)[:, None, None]) & view.open
     half = view.slots // 2
     rest = replace(
-        view, forced=view.forced | chosen, forced_slots=view.forced_slots + half, free=view.free - view.free // 2
+        view,
+        forced=view.forced | chosen,
+        forced_slots=view.forced_slots + half,
+        free=view.free - view.free // 2,
+        slots=view.slots - half,
     )
     rank = _ranks(SELECTORS[name](rest, number), rest.open).float()
     return torch.where(chosen, float(first.shape[-1]), -rank)

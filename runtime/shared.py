@@ -1,0 +1,23 @@
+"""What several compressions of one layer of one prompt have in common, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+class Shared:
+    """Results by what they depend on, beside the layer's own states; no result may be changed in place."""
+
+    def __init__(self) -> None:
+        self._found: dict[Hashable, Any] = {}
+
+    def once(self, dependence: Hashable, compute: Callable[[], Result]) -> Result:
+        """The result of `compute`, or the one that an equal `dependence` gave before."""
+        if dependence not in self._found:
+            self._found[dependence] = compute()
+        return self._found[dependence]
