@@ -8,8 +8,10 @@ keyword argument that a forward pre-hook adds, so nothing is stored on a module 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -23,6 +25,9 @@ from flowmm.errors import UnsupportedModelError
 FLOW = "flowmm_flow"
 # Flash kernels return neither masses nor take a bias; a flash model is asked to load with sdpa instead.
 BASES = ("sdpa", "eager")
+PREFIX = "flowmm_"
+# Blocks of several threads may open and close on one model at a time.
+_lock = threading.Lock()
 
 
 class Flow(Protocol):
@@ -78,9 +83,89 @@ def _eager_of(module: nn.Module) -> Callable[..., Any]:
 
 
 for _base in BASES:
-    AttentionInterface.register(f"flowmm_{_base}", _make_attention(_base))
+    AttentionInterface.register(PREFIX + _base, _make_attention(_base))
     # Without a mask function of the same name transformers passes no mask at all, and padding would be attended.
-    AttentionMaskInterface.register(f"flowmm_{_base}", ALL_MASK_ATTENTION_FUNCTIONS[_base])
+    AttentionMaskInterface.register(PREFIX + _base, ALL_MASK_ATTENTION_FUNCTIONS[_base])
+
+
+@dataclass(frozen=True, eq=False)
+class _Watcher:
+    """What one block wants to hear of a model's forward calls."""
+
+    pick_flow: Callable[[dict[str, Any]], Flow | None]
+    see_rotary: Callable[[Tensor, Tensor], None] | None
+    after: Callable[[dict[str, Any]], None] | None
+
+
+class _Attachment:
+    """The hooks on a model, shared by all its open blocks.
+
+    Hooks come and go with the first and the last block alone: torch walks through them during a forward call, which
+    another thread may be in the middle of.
+    """
+
+    def __init__(self, model: Any, base: str) -> None:
+        self._model, self._base = model, base
+        self._watchers: list[_Watcher] = []
+        self._handles: list[Any] = []
+
+    @classmethod
+    def of(cls, model: Any, base: str) -> _Attachment:
+        """The one already on the model, or a fresh one."""
+        owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+        return next((owner for owner in owners if isinstance(owner, cls)), cls(model, base))
+
+    def open(self, watcher: _Watcher) -> None:
+        """Add a block's watcher.
+
+        Raises:
+            UnsupportedModelError: it wants rotary angles of a model without them.
+        """
+        embedding = _rotary_embedding(self._model)
+        if watcher.see_rotary is not None and embedding is None:
+            raise UnsupportedModelError(
+                f"{type(self._model).__name__} has no rotary embedding for its text layers, which this method's "
+                "selector or key space needs; choose selector='proxy' and key_space='post_rope'"
+            )
+        if not self._watchers:
+            self._handles = [
+                self._model.register_forward_pre_hook(self.before_forward, with_kwargs=True, prepend=True),
+                self._model.register_forward_hook(self.after_forward, with_kwargs=True),
+            ]
+            if embedding is not None:
+                self._handles.append(embedding.register_forward_hook(self.after_rotary))
+            _set_text_attention(self._model, PREFIX + self._base)
+        self._watchers = [watcher, *self._watchers]
+
+    def close(self, watcher: _Watcher) -> None:
+        """Remove a block's watcher."""
+        self._watchers = [other for other in self._watchers if other is not watcher]
+        if not self._watchers:
+            for handle in self._handles:
+                handle.remove()
+            _set_text_attention(self._model, self._base)
+
+    def before_forward(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Hand the flow that a block picks down to the attention calls; the innermost block is asked first."""
+        for watcher in self._watchers:
+            flow = watcher.pick_flow(kwargs)
+            if flow is not None:
+                return args, kwargs | {FLOW: flow}
+        return args, kwargs
+
+    def after_forward(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
+        """Tell the blocks that a forward call is over."""
+        for watcher in self._watchers:
+            if watcher.after is not None:
+                watcher.after(kwargs)
+
+    def after_rotary(self, _module: nn.Module, _args: Any, angles: tuple[Tensor, Tensor]) -> None:
+        """Show the blocks cosine and sine of a forward call."""
+        for watcher in self._watchers:
+            if watcher.see_rotary is not None:
+                watcher.see_rotary(*angles)
 
 
 @contextmanager
@@ -88,6 +173,7 @@ def attached(
     model: Any,
     pick_flow: Callable[[dict[str, Any]], Flow | None],
     see_rotary: Callable[[Tensor, Tensor], None] | None = None,
+    after: Callable[[dict[str, Any]], None] | None = None,
 ) -> Generator[None]:
     """Route the text layers of `model` through a flow for the duration of the block.
 
@@ -96,45 +182,37 @@ def attached(
         pick_flow: given the keyword arguments of a forward call of `model`, the flow that sees its layers, or ``None``
             to leave that call alone. Of nested blocks the innermost is asked first.
         see_rotary: called with cosine and sine of every forward call, before its first layer.
+        after: called with the keyword arguments of every forward call once it is over.
+
+    Blocks may overlap; the model has its own attention again when the last one is left.
 
     Raises:
         UnsupportedModelError: the text layers use an attention implementation other than sdpa or eager.
     """
-    text_config = model.config.get_text_config(decoder=True)
-    before = text_config._attn_implementation
-    base = before.removeprefix("flowmm_")
+    base = model.config.get_text_config(decoder=True)._attn_implementation.removeprefix(PREFIX)
     if base not in BASES:
         raise UnsupportedModelError(
             f"the text layers use attn_implementation={base!r}; flowmm needs one of {', '.join(BASES)}: "
             "load the model with attn_implementation='sdpa'"
         )
-
-    def add_flow(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        flow = None if FLOW in kwargs else pick_flow(kwargs)
-        return args, (kwargs if flow is None else kwargs | {FLOW: flow})
-
-    handles = [model.register_forward_pre_hook(add_flow, with_kwargs=True, prepend=True)]
-    if see_rotary is not None:
-        embedding = _rotary_embedding(model, text_config)
-        handles.append(embedding.register_forward_hook(lambda _module, _args, angles: see_rotary(*angles)))
+    watcher = _Watcher(pick_flow, see_rotary, after)
+    with _lock:
+        attachment = _Attachment.of(model, base)
+        attachment.open(watcher)
     try:
-        _set_text_attention(model, f"flowmm_{base}")
         yield
     finally:
-        for handle in handles:
-            handle.remove()
-        _set_text_attention(model, before)
+        with _lock:
+            attachment.close(watcher)
 
 
-def _rotary_embedding(model: nn.Module, text_config: Any) -> nn.Module:
+def _rotary_embedding(model: Any) -> nn.Module | None:
     """The module that turns positions of the text layers into cosine and sine."""
+    text_config = model.config.get_text_config(decoder=True)
     for name, module in model.named_modules():
         if name.endswith("rotary_emb") and getattr(module, "config", None) is text_config:
             return module
-    raise UnsupportedModelError(
-        f"{type(model).__name__} has no rotary embedding for its text layers, which this method's selector or key "
-        "space needs; choose selector='proxy' and key_space='post_rope'"
-    )
+    return None
 
 
 def _set_text_attention(model: Any, implementation: str) -> None:

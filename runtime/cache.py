@@ -40,6 +40,7 @@ class CompressionSettings:
         check: online comparison of rho with the plan, or ``None``.
         rho_rows: rows per modality sampled where rho is measured online.
         seed: of the row sample.
+        recompress_every: entries beyond the budget at which a conversation is compressed again; ``None``: never.
     """
 
     method: MethodParameters
@@ -48,6 +49,7 @@ class CompressionSettings:
     check: OnlineCheck | None = None
     rho_rows: int = 128
     seed: int = 0
+    recompress_every: int | None = None
 
     @property
     def measures_rho(self) -> bool:
@@ -174,9 +176,9 @@ class FlowCache(Cache):
         states: Sequence[tuple[Tensor, Tensor, Tensor]],
         scaling: float,
         rotary: Rotary | None = None,
+        shared: Sequence[Shared] | None = None,
     ) -> Self:
         """The cache that a prefill with these states would have left behind, without running the model.
-        shared: Sequence[Shared] | None = None,
 
         Args:
             settings: of the run.
@@ -184,9 +186,9 @@ class FlowCache(Cache):
             states: query ``[B, Hq, L, D]``, key and value ``[B, Hkv, L, D]`` of each layer, after RoPE.
             scaling: softmax scale.
             rotary: of the prompt, where ``settings.method.needs_rotary``.
+            shared: of each layer, the same for all caches of one prompt, to compute once what they have in common.
 
         Raises:
-            shared: of each layer, the same for all caches of one prompt, to compute once what they have in common.
             InputError: a row holds nothing but padding.
         """
         cache = cls(settings)

@@ -17,10 +17,10 @@ from flowmm.plans import LayerPlan, MethodParameters, Plan, resolve_plan
 from flowmm.runtime.attention import attached
 from flowmm.runtime.budgets import Budget, planned_entries, validate_budget
 from flowmm.runtime.cache import CompressionSettings, FlowCache
+from flowmm.runtime.host import GenerateShadow, offsets_of, restore_offsets, shadowed_generate, valid_tokens
 from flowmm.runtime.online import CheckAction, OnlineCheck, PlannedRho
 from flowmm.runtime.report import RunReport, build_report
 
-PREPARE_CACHE = "_prepare_cache_for_generation"
 # Rows per modality that rho is sampled from: few where it is compared with a plan (about 1 % of a long prefill), more
 # where it decides a mode.
 ROWS_THAT_CHECK = 32
@@ -42,7 +42,9 @@ class Run:
     def __init__(self, model: Any, plan: Plan, settings: CompressionSettings) -> None:
         self.plan = plan
         self.settings = settings
+        self._model = model
         self._config = model.config
+        self._shadow: GenerateShadow | None = None
         self._latest: FlowCache | None = None
         # Hooks of two blocks on one model fire in every thread; each thread remembers whose call is under way.
         self._thread = threading.local()
@@ -84,6 +86,8 @@ class Run:
         if isinstance(cache, FlowCache) and cache.settings is not self.settings:
             return None
         if cache is None and kwargs.get("use_cache") is not False:
+            if self._shadow is not None and self._shadow.block_of_this_thread() is not self:
+                return None
             cache = kwargs["past_key_values"] = self.new_cache()
         if not isinstance(cache, FlowCache):
             found = "use_cache=False" if cache is None else f"a {type(cache).__name__}"
@@ -94,16 +98,22 @@ class Run:
         ids = kwargs.get("input_ids")
         if ids is None:
             raise InputError("compress(...) finds visual tokens by their ids: pass input_ids, not inputs_embeds alone")
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            valid = mask[:, -ids.shape[1] :].bool()
-        elif mask is None:
-            valid = torch.ones_like(ids, dtype=torch.bool)
-        else:
-            raise InputError("compress(...) needs the 2-D padding mask [batch, tokens] (or none), not a prepared one")
-        cache.begin_forward(visual_mask(self._config, ids), valid.to(ids.device))
+        valid = valid_tokens(kwargs.get("attention_mask"), ids)
+        if kwargs.get("position_ids") is None:
+            restore_offsets(self._model, cache)
+        cache.begin_forward(visual_mask(self._config, ids), valid, ids)
         self._latest = self._thread.cache = cache
         return cache
+
+    def _note_offsets(self, kwargs: dict[str, Any]) -> None:
+        """Keep the position offsets that a call without explicit positions left on the model."""
+        cache = kwargs.get("past_key_values")
+        if (
+            isinstance(cache, FlowCache)
+            and cache is getattr(self._thread, "cache", None)
+            and kwargs.get("position_ids") is None
+        ):
+            cache.rope_deltas = offsets_of(self._model)
 
     def _see_rotary(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
         cache = getattr(self._thread, "cache", None)
@@ -112,48 +122,16 @@ class Run:
             cache.see_rotary(cos, sin, rope.get("mrope_section", []))
 
 
-def _refuse_unsupported_generation(generation_config: Any, mode: Any) -> None:
-    """Modes in which the prompt does not arrive in one piece, or another cache class was asked for."""
-    refused = {
-        "cache_implementation": generation_config.cache_implementation not in (None, "dynamic"),
-        "prefill_chunk_size": generation_config.prefill_chunk_size is not None,
-        "assisted decoding (assistant_model, prompt_lookup_num_tokens)": "assisted" in str(mode).lower(),
-        "use_cache=False": generation_config.use_cache is False,
-    }
-    for option, asked in refused.items():
-        if asked:
-            raise InputError(f"generate(...) inside compress(...) does not support {option} yet; leave it out")
-
-
-@contextmanager
-def _default_cache(model: Any, run: Run) -> Generator[None]:
-    """Make ``generate`` start on a flowmm cache where the caller passes none."""
-    had_own = PREPARE_CACHE in vars(model)
-    original = getattr(model, PREPARE_CACHE)
-
-    def prepare(generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any) -> Any:
-        _refuse_unsupported_generation(generation_config, generation_mode)
-        if model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = run.new_cache()
-        return original(generation_config, model_kwargs, generation_mode, *args)
-
-    setattr(model, PREPARE_CACHE, prepare)
-    try:
-        yield
-    finally:
-        if had_own:
-            setattr(model, PREPARE_CACHE, original)
-        else:
-            delattr(model, PREPARE_CACHE)
-
-
-def _settings(plan: Plan, method: MethodParameters, budget: Budget, check: CheckAction | None) -> CompressionSettings:
+def _settings(
+    plan: Plan, method: MethodParameters, budget: Budget, check: CheckAction | None, recompress_every: int | None
+) -> CompressionSettings:
     return CompressionSettings(
         method=method,
         modes=tuple(layer.mode for layer in plan.layers),
         entries=planned_entries(plan.layer_budgets, budget),
         check=None if check is None else OnlineCheck(check, tuple(map(_planned_rho, plan.layers))),
         rho_rows=ROWS_THAT_DECIDE if any(layer.mode == "online" for layer in plan.layers) else ROWS_THAT_CHECK,
+        recompress_every=recompress_every,
     )
 
 
@@ -188,6 +166,7 @@ def compress(
     budget: Budget | None = None,
     method: MethodParameters | str | None = None,
     check: CheckAction | None = None,
+    recompress_every: int | None = None,
 ) -> Generator[Run]:
     """Compress the KV cache of every prompt that `model` reads inside the block.
 
@@ -200,6 +179,9 @@ def compress(
         budget: ratio of the prompt's entries kept (float in (0, 1]) or entries per layer (int); default: the plan's.
         method: a preset's name or full parameters instead of the plan's.
         check: compare each prompt's rho with the plan: ``"warn"``, ``"error"`` or ``"adapt"``.
+        recompress_every: compress a conversation again as soon as a layer holds so many entries more than the budget
+            allows for all of its tokens, so that long answers and later turns stay bounded; ``None``: what comes after
+            the prompt is kept whole.
 
     Yields:
         the :class:`Run`: ``run.report`` after generation, ``run.new_cache()`` for explicit ``past_key_values=``.
@@ -217,6 +199,8 @@ def compress(
     chosen = _chosen_method(plan, method)
     asked = validate_budget(plan.method.budget if budget is None else budget)
     _refuse_unsupported_model(model)
+    if recompress_every is not None and recompress_every < 1:
+        raise InputError(f"recompress_every={recompress_every}: expected a number of tokens, at least 1, or None")
     differences = plan.check_model(fingerprint_model(model))
     if differences:
         warnings.warn(
@@ -224,7 +208,8 @@ def compress(
             PlanFitWarning,
             stacklevel=3,
         )
-    run = Run(model, plan, _settings(plan, chosen, asked, check))
+    run = Run(model, plan, _settings(plan, chosen, asked, check, recompress_every))
     see_rotary = run._see_rotary if chosen.needs_rotary else None
-    with attached(model, run._flow_of, see_rotary), _default_cache(model, run):
+    with attached(model, run._flow_of, see_rotary, run._note_offsets), shadowed_generate(model, run) as shadow:
+        run._shadow = shadow
         yield run

@@ -160,8 +160,6 @@ def test_unsupported_attention_is_refused(model: Any, plan: Plan) -> None:
         {"past_key_values": DynamicCache()},
         {"use_cache": False},
         {"cache_implementation": "static"},
-        {"prefill_chunk_size": 16},
-        {"prompt_lookup_num_tokens": 2},
     ],
     ids=lambda options: next(iter(options)),
 )

@@ -1,0 +1,174 @@
+"""What ``model.generate`` asks of a compressed conversation: its cache, its positions, and how its prompt arrives.
+
+transformers has no extension point for these three questions, so three of its methods are shadowed on the model object
+while a block is open. Blocks may overlap: the last one to close takes the shadows away.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from flowmm.errors import InputError
+from flowmm.models import visual_mask
+from flowmm.runtime.cache import FlowCache
+
+CACHE, POSITIONS, PREFILL = (
+    "_prepare_cache_for_generation",
+    "_prepare_position_ids_for_generation",
+    "_prefill",
+)
+# Guards which blocks are open on a model, and the position offsets that a model keeps in one place for all prompts.
+_lock = threading.RLock()
+
+
+class OpenBlock(Protocol):
+    """A ``compress`` block."""
+
+    def new_cache(self) -> FlowCache:
+        """An empty cache."""
+        ...
+
+
+class GenerateShadow:
+    """Stands in for three methods of a model; one object per model, shared by all its open blocks."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._blocks: list[tuple[OpenBlock, int]] = []
+        self._originals = {name: getattr(model, name) for name in (CACHE, POSITIONS, PREFILL)}
+        self._own = {name: method for name, method in self._originals.items() if name in vars(model)}
+        # Between two questions of one call of generate.
+        self._call = threading.local()
+
+    def block_of_this_thread(self) -> OpenBlock:
+        """The latest block that this thread opened, or else the latest of all."""
+        here = [block for block, thread in self._blocks if thread == threading.get_ident()]
+        return here[-1] if here else self._blocks[-1][0]
+
+    def open(self, block: OpenBlock) -> None:
+        """Add a block; the first one puts the shadows on."""
+        if not self._blocks:
+            for name, shadow in ((CACHE, self.cache), (POSITIONS, self.positions), (PREFILL, self.prefill)):
+                setattr(self._model, name, shadow)
+        self._blocks.append((block, threading.get_ident()))
+
+    def close(self, block: OpenBlock) -> None:
+        """Remove a block; the last one takes the shadows off."""
+        self._blocks = [entry for entry in self._blocks if entry[0] is not block]
+        if not self._blocks:
+            for name in self._originals:
+                delattr(self._model, name)
+            for name, method in self._own.items():
+                setattr(self._model, name, method)
+
+    def positions(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
+        """Positions of a conversation, whatever other conversation the model served last."""
+        cache = model_kwargs.get("past_key_values")
+        with _lock:
+            restore_offsets(self._model, cache)
+            positions = self._originals[POSITIONS](inputs_tensor, model_kwargs)
+            self._call.offsets = offsets_of(self._model)
+        self._call.length = inputs_tensor.shape[1]
+        return positions
+
+    def cache(self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any) -> Any:
+        """A flowmm cache where the caller passes none."""
+        _refuse_unsupported(generation_config)
+        if model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self.block_of_this_thread().new_cache()
+        cache = model_kwargs["past_key_values"]
+        if isinstance(cache, FlowCache):
+            cache.rope_deltas = getattr(self._call, "offsets", None)
+            if "assisted" in str(generation_mode).lower():
+                self._expect_drafts(cache)
+        return self._originals[CACHE](generation_config, model_kwargs, generation_mode, *args)
+
+    def _expect_drafts(self, cache: FlowCache) -> None:
+        if cache.settings.recompress_every is not None:
+            raise InputError(
+                "assisted decoding (assistant_model, prompt_lookup_num_tokens) takes back drafted tokens, which "
+                "recompress_every could have merged; leave one of them out"
+            )
+        if cache.get_seq_length() > 0:
+            raise InputError(
+                "assisted decoding (assistant_model, prompt_lookup_num_tokens) starts with a fresh cache: transformers "
+                "would feed the whole conversation again; leave it out in later turns"
+            )
+        cache.announce_drafts(self._call.length)
+
+    def prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Tell a cache about a prompt that will come in chunks."""
+        cache = model_kwargs.get("past_key_values")
+        chunked = generation_config.prefill_chunk_size is not None
+        if chunked and isinstance(cache, FlowCache) and cache.get_seq_length() == 0:
+            visual = visual_mask(self._model.config, input_ids)
+            cache.announce_chunks(visual, valid_tokens(model_kwargs.get("attention_mask"), input_ids))
+        return self._originals[PREFILL](input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+
+def _refuse_unsupported(generation_config: Any) -> None:
+    refused = {
+        "cache_implementation": generation_config.cache_implementation not in (None, "dynamic"),
+        "use_cache=False": generation_config.use_cache is False,
+    }
+    for option, asked in refused.items():
+        if asked:
+            raise InputError(f"generate(...) inside compress(...) does not support {option}; leave it out")
+
+
+def valid_tokens(mask: Any, ids: Tensor) -> Tensor:
+    """``[B, q]`` bool of the tokens `ids` ``[B, q]``: False on padding.
+
+    Args:
+        mask: a padding mask ``[B, n]`` whose last columns belong to `ids`, or ``None``.
+
+    Raises:
+        InputError: a mask of another kind.
+    """
+    if mask is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask[:, -ids.shape[1] :].bool().to(ids.device)
+    raise InputError("compress(...) needs the 2-D padding mask [batch, tokens] (or none), not a prepared one")
+
+
+def _holder_of_offsets(model: Any) -> Any:
+    """The module that keeps, for the latest prompt, how far positions lag behind token counts; None: no such model."""
+    inner = getattr(model, "model", None)
+    return inner if hasattr(inner, "rope_deltas") else None
+
+
+def offsets_of(model: Any) -> Tensor | None:
+    """How far positions of the latest prompt lag behind token counts (M-RoPE), or ``None``."""
+    holder = _holder_of_offsets(model)
+    return None if holder is None else holder.rope_deltas
+
+
+def restore_offsets(model: Any, cache: Any) -> None:
+    """Give the model the offsets of the conversation in `cache`, if it holds one."""
+    holder = _holder_of_offsets(model)
+    if holder is not None and isinstance(cache, FlowCache) and cache.get_seq_length() > 0:
+        holder.rope_deltas = cache.rope_deltas
+
+
+@contextmanager
+def shadowed_generate(model: Any, block: OpenBlock) -> Generator[GenerateShadow]:
+    """Let ``model.generate`` make and continue compressed conversations for the duration of the block."""
+    with _lock:
+        shadow = getattr(vars(model).get(CACHE), "__self__", None)
+        if not isinstance(shadow, GenerateShadow):
+            shadow = GenerateShadow(model)
+        shadow.open(block)
+    try:
+        yield shadow
+    finally:
+        with _lock:
+            shadow.close(block)
