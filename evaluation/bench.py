@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from flowmm.evaluation.attention_error import attention_errors, recording
 from flowmm.evaluation.methods import Method
 from flowmm.evaluation.records import Row
 from flowmm.evaluation.suite import Case
@@ -49,6 +50,7 @@ class Outcome:
     text: str
     kl: float
     agreement: float
+    attention_error: tuple[float, ...] | None = None
 
 
 Reader = Callable[[FlowCache, int], list[Outcome]]
@@ -114,13 +116,20 @@ class Bench:
         count = min(self._length(tokens) + 1, FIDELITY_TOKENS)
         forced = torch.cat([ids, tokens[None, : count - 1]], dim=1)
         places = positions[..., :1] + torch.arange(forced.shape[1], device=positions.device)
-        wanted = feed(host, self._full_cache(), forced, places, keep=count)
+        whole = self._full_cache()
+        with recording(host, whole) as asked:
+            wanted = feed(host, whole, forced, places, keep=count)
 
         def read(stacked: FlowCache, rows: int) -> list[Outcome]:
+            # Before the cache is fed: afterwards it holds entries that inherited errors.
+            errors = attention_errors(asked, stacked, count).tolist()
             logits = feed(host, stacked, forced.expand(rows, -1), places, keep=count)
-            return self._outcomes(logits.argmax(-1), wanted, logits)
+            outcomes = self._outcomes(logits.argmax(-1), wanted, logits)
+            return [
+                replace(outcome, attention_error=tuple(error)) for outcome, error in zip(outcomes, errors, strict=True)
+            ]
 
-        return Outcome(self._text(tokens), 0.0, 1.0), read
+        return Outcome(self._text(tokens), 0.0, 1.0, (0.0,) * len(asked)), read
 
     def _outcomes(self, tokens: Tensor, wanted: Tensor, logits: Tensor) -> list[Outcome]:
         """Outcomes of rows from tokens ``[R, T]`` and logits ``[1, P, V]`` (full cache) and ``[R, P, V]``."""
@@ -149,6 +158,7 @@ class Bench:
             full_bytes=self.prefilled.full_bytes,
             kl=outcome.kl,
             agreement=outcome.agreement,
+            attention_error=outcome.attention_error,
         )
 
     def _length(self, tokens: Tensor) -> int:

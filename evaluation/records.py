@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,6 +36,8 @@ class Row:
         kl: KL(full || compressed) of the next token in nats: at the first answer position, or without a label mean over
             the full cache's answer, teacher-forced.
         agreement: share of the same positions whose most likely token is the full cache's.
+        attention_error: of each layer, mean over the same positions, see
+            :func:`flowmm.evaluation.attention_error.attention_errors`; ``None`` with a label.
     """
 
     suite: str
@@ -55,6 +58,7 @@ class Row:
     full_bytes: int
     kl: float
     agreement: float
+    attention_error: tuple[float, ...] | None = None
 
     @property
     def key(self) -> Key:
@@ -73,8 +77,14 @@ _TYPES = {
     "int": pa.int64(),
     "float": pa.float64(),
     "bool | None": pa.bool_(),
+    "tuple[float, ...] | None": pa.list_(pa.float64()),
 }
 SCHEMA = pa.schema([(name, _TYPES[str(field.type)]) for name, field in Row.__dataclass_fields__.items()])
+
+
+def _row(values: dict[str, Any]) -> Row:
+    errors = values["attention_error"]
+    return Row(**values | {"attention_error": None if errors is None else tuple(errors)})
 
 
 class RowStore:
@@ -115,7 +125,7 @@ class RowStore:
                 f"{file}: holds rows measured with another {', '.join(changed) or 'version'}; choose another --out, or "
                 "pass --no-resume to replace them"
             )
-        return [Row(**row) for row in table.to_pylist()]
+        return [_row(values) for values in table.to_pylist()]
 
     def add(self, rows: Iterable[Row]) -> None:
         """Take in finished rows; writes a chunk when enough are there.
