@@ -308,8 +308,13 @@ class FlowCache(Cache):
         return Prompt.of(PromptLayout.from_masks(visual[:, :end], valid[:, :end]), self.settings)
 
     def _open_rows(self, seen: int) -> int:
-        """Rows of the prompt that come after the first `seen`."""
-        return 0 if self._prompt is None else max(0, self._prompt.width - seen)
+        """Rows of the prompt that come after the first `seen`; none once all its layers went through.
+
+        What is fed then is new, also where it takes the place of tokens that were cropped.
+        """
+        if self._prompt is None or len(self._prompt.record.layers) == len(self.states):
+            return 0
+        return max(0, self._prompt.width - seen)
 
     def see_rotary(self, cos: Tensor, sin: Tensor, sections: list[int]) -> None:
         """Take note of the rotary embedding of the tokens about to be fed, see :meth:`Rotary.from_host`."""

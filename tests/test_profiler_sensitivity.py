@@ -58,6 +58,27 @@ def test_one_layer_alone_is_compressed(model: LoadedModel, plan: Plan, monkeypat
         assert all(count == full for other, count in enumerate(counts) if other != layer)
 
 
+@pytest.mark.parametrize("protocol", ["aware", "blind"])
+def test_other_layers_stay_whole_while_the_answer_is_fed(
+    model: LoadedModel, plan: Plan, monkeypatch: pytest.MonkeyPatch, protocol: str
+) -> None:
+    stacks: list[tuple[int, Any]] = []
+    original = flowmm.runtime.FlowCache.stack
+
+    def watch(caches: Any) -> Any:
+        # Only the compressed layer knows the columns of its entries.
+        layer = next(index for index, state in enumerate(caches[0].states) if state.positions is not None)
+        stacks.append((layer, original(caches)))
+        return stacks[-1][1]
+
+    monkeypatch.setattr("flowmm.profiler.sensitivity.FlowCache.stack", watch)
+    measure_sensitivity(model, plan, load_calibration("pocket", limit=1), ratios=(0.1,), protocols=(protocol,))
+    whole = {state.kept for layer, cache in stacks for other, state in enumerate(cache.states) if other != layer}
+    compressed = [cache.states[layer].kept for layer, cache in stacks]
+    assert len(whole) == 1, "every full layer holds the prompt and all that was fed"
+    assert max(compressed) < whole.pop() / 2
+
+
 def test_budgets_follow_the_curves_and_survive_the_file(plan: Plan) -> None:
     layers = len(plan.layers)
     cost = np.zeros((2, layers, 2))
