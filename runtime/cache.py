@@ -109,7 +109,7 @@ class Prompt:
         proxies: rows that give importance.
         counts: per layer, the entries that each row keeps.
         whole: every layer keeps everything: the host's attention runs untouched.
-        rho_rows: sampled visual and text rows for an online rho.
+        rho_rows: sampled visual and text rows for an online rho; empty where none is measured.
         record: filled layer by layer.
         rows: columns whose queries must be remembered, because the prompt comes in several calls; ``None``: it comes
             in one.
@@ -137,7 +137,8 @@ class Prompt:
         generator = torch.Generator().manual_seed(settings.seed)
         strata = (layout.visual, layout.valid & ~layout.visual)
         proxies = find_proxies(layout, settings.method.proxies)
-        rho_rows = tuple(sample_rows(stratum, settings.rho_rows, generator) for stratum in strata)
+        sampled = strata if settings.measures_rho else ()
+        rho_rows = tuple(sample_rows(stratum, settings.rho_rows, generator) for stratum in sampled)
         return cls(
             layout=layout,
             proxies=proxies,
@@ -221,6 +222,18 @@ class FlowCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all entries held now: keys, values and biases."""
         return sum(layer.nbytes for layer in self.states)
+
+    def contents(self) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
+        """Keys, values, bias and positions of each layer; padding that a whole prompt still holds has bias -inf."""
+        prompt, contents = self._prompt, []
+        for layer in self.states:
+            keys, values = layer.first_entries(layer.kept)
+            bias = layer.bias
+            if prompt is not None and prompt.whole and prompt.layout.padded:
+                bias = keys.new_zeros(keys.shape[:3])
+                bias[..., : prompt.width].masked_fill_(~prompt.layout.valid[:, None], float("-inf"))
+            contents.append((keys, values, bias, layer.positions))
+        return contents
 
     @property
     def reserved_bytes(self) -> int:
@@ -338,12 +351,13 @@ class FlowCache(Cache):
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of one layer: the host's own for the prompt, then compression; afterwards over what was kept."""
         states, prompt = self.states[layer], self._prompt
-        if prompt is None:
-            raise FlowmmError("attention ran before the cache saw the prompt; call the top model, not an inner module")
         new = query.shape[2]
         start = states.seen - new
+        if prompt is None and start == 0:
+            raise FlowmmError("attention ran before the cache saw the prompt; call the top model, not an inner module")
         rows = min(new, self._open_rows(start))
-        if prompt.whole or rows == new:
+        whole = prompt is not None and prompt.whole
+        if whole or rows == new:
             output = base()
         elif rows == 0:
             output = attend_compressed(query, key, value, states.bias, scaling), None
@@ -355,9 +369,9 @@ class FlowCache(Cache):
                 value[:, :, :width],
                 None if mask is None else mask[..., :rows, :width],
             )
-        if rows:
+        if prompt is not None and rows:
             self._finish_rows(layer, prompt, query[:, :, :rows], start, scaling)
-        if 0 < rows < new and not prompt.whole:
+        if 0 < rows < new and not whole:
             output = self._with_drafts(output[0], query[:, :, rows:], states, scaling), None
         if layer == len(self.states) - 1:
             self._in_forward = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from flowmm.plans.method import MASS_RULES, parse_rule
 from flowmm.runtime.importance import proxy_importance
 from flowmm.runtime.matching import Assignment, assign, tau_threshold
 from flowmm.runtime.merging import MASS_OPERATORS, MergedEntries, merge
-from flowmm.runtime.pivots import Pivots, complement, select_pivots
+from flowmm.runtime.pivots import Pivots, complement, entries_at, select_pivots
 from flowmm.runtime.prompt import PromptLayout, Proxies
 from flowmm.runtime.rotary import Rotary
 from flowmm.runtime.selection import LayerView, column_mean_score, selection_scores
@@ -41,6 +42,11 @@ class CompressedLayer:
     entries: MergedEntries
     assignment: Assignment
     positions: Tensor
+
+    @cached_property
+    def totals(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Merged entries, pivots that may not absorb, and the largest number of entries that one pivot absorbed."""
+        return self.assignment.merged.sum(), self.assignment.protected.sum(), self.assignment.sizes.max()
 
 
 def cross_rows(mode: Mode, rho: Tensor | None, layout: PromptLayout, method: MethodParameters) -> Tensor:
@@ -115,41 +121,42 @@ def compress_layer(
     """
     # What tells modes apart must be read from the device; a compression on its own need not know.
     modes = () if shared is None else tuple(cross.tolist())
-    shared = shared or Shared()
-    kept = torch.tensor(counts, device=key.device)
-    importance = shared.once(
-        ("importance", method.proxies, method.gqa_reduce),
-        lambda: proxy_importance(query, key, proxies, layout.valid, scaling, method.gqa_reduce),
-    )
-    forced = forced_entries(layout, proxies, kept, method)
-    view = LayerView(
-        query=query,
-        key=key,
-        rotary=rotary,
-        importance=importance,
-        layout=layout,
-        forced=forced[:, None].expand_as(importance),
-        forced_slots=min(max(counts), method.n_sink + proxies.index.shape[1]),
-        free=kept - forced.sum(-1),
-        slots=max(counts),
-        layer=layer,
-        scaling=scaling,
-        reduce=method.gqa_reduce,
-        shared=shared,
-    )
-    pivots = shared.once(
-        ("pivots", counts, _parameters(method, _DECIDED | _AFTER_SELECTION)),
-        lambda: select_pivots(selection_scores(view, method), forced, layout.valid, kept, max(counts)),
-    )
+    known = shared or Shared()
     unused = _DECIDED if method.gate else _DECIDED | _OF_THE_GATE
-    assignment = shared.once(
-        ("assignment", counts, modes, _parameters(method, unused | _AFTER_MATCHING)),
-        lambda: _assign(view, pivots, forced, counts, cross, proxies, method),
-    )
-    return shared.once(
-        ("compressed", counts, modes, _parameters(method, unused)),
-        lambda: _compressed(view, value, counts, assignment, method),
-    )
+
+    def compress() -> CompressedLayer:
+        importance = known.once(
+            ("importance", method.proxies, method.gqa_reduce),
+            lambda: proxy_importance(query, key, proxies, layout.valid, scaling, method.gqa_reduce),
+        )
+        kept = torch.tensor(counts, device=key.device)
+        forced = forced_entries(layout, proxies, kept, method)
+        view = LayerView(
+            query=query,
+            key=key,
+            rotary=rotary,
+            importance=importance,
+            layout=layout,
+            forced=forced[:, None].expand_as(importance),
+            forced_slots=min(max(counts), method.n_sink + proxies.index.shape[1]),
+            free=kept - forced.sum(-1),
+            slots=max(counts),
+            layer=layer,
+            scaling=scaling,
+            reduce=method.gqa_reduce,
+            shared=known,
+        )
+        pivots = known.once(
+            ("pivots", counts, _parameters(method, _DECIDED | _AFTER_SELECTION)),
+            lambda: select_pivots(selection_scores(view, method), forced, layout.valid, kept, max(counts)),
+        )
+        assignment = known.once(
+            ("assignment", counts, modes, _parameters(method, unused | _AFTER_MATCHING)),
+            lambda: _assign(view, pivots, forced, counts, cross, proxies, method),
+        )
+        return _compressed(view, value, counts, assignment, method)
+
+    return known.once(("compressed", counts, modes, _parameters(method, unused)), compress)
 
 
 def _parameters(method: MethodParameters, unused: frozenset[str]) -> tuple[Any, ...]:
@@ -198,6 +205,6 @@ def _merge(view: LayerView, value: Tensor, assignment: Assignment, method: Metho
     index = assignment.pivots.index
     turned = view.rotary.redo(entries.keys, index).to(view.key.dtype)
     # Undoing and redoing a rotation rounds; a pivot that absorbed nothing keeps its key bit for bit.
-    cached = view.key.gather(2, index[..., None].expand_as(turned))
+    cached = entries_at(view.key, index)
     absorbed = assignment.sizes > 0
     return replace(entries, keys=torch.where(absorbed[..., None], turned, cached))

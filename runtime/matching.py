@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowmm.plans.method import TAU_RULES, MethodParameters, parse_rule
-from flowmm.runtime.pivots import Pivots
+from flowmm.runtime.pivots import Pivots, entries_at
 
 NORM_FLOOR = 1e-6
 NO_TARGET = -1
@@ -122,7 +122,7 @@ def nearest_pivot(
     targets, similarities = [], []
     for keys, classes in zip(evicted_keys.split(block, 2), evicted_class.split(block, 2), strict=True):
         cosine = keys @ pivot_keys.transpose(-1, -2)
-        cosine += penalty.gather(2, classes[..., None].expand(*classes.shape, slots))
+        cosine += entries_at(penalty, classes)
         best = cosine.max(dim=-1)
         targets.append(best.indices)
         similarities.append(best.values)
@@ -156,14 +156,13 @@ def assign(
         method: gate action, fallback, cross scope and similarity floor.
     """
     index, used = evicted
-    heads, dim = key.shape[1], key.shape[-1]
+    heads = key.shape[1]
     visual = visual[:, None].expand(-1, heads, -1)
     can_absorb = pivots.filled & ~forced[:, None].expand_as(visual).gather(2, pivots.index)
     sensitive = (importance.gather(2, pivots.index) > tau) if method.gate else torch.zeros_like(can_absorb)
     pivot_visual, evicted_class = visual.gather(2, pivots.index), visual.gather(2, index).long()
     by_class = _modality_rule(pivot_visual, cross, method)
-    unit_pivots = unit_rows(key.gather(2, pivots.index[..., None].expand(-1, -1, -1, dim)))
-    unit_evicted = unit_rows(key.gather(2, index[..., None].expand(-1, -1, -1, dim)))
+    unit_pivots, unit_evicted = unit_rows(entries_at(key, pivots.index)), unit_rows(entries_at(key, index))
 
     def nearest(absorbers: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         return nearest_pivot(unit_evicted, unit_pivots, absorbers[:, :, None] & classes, evicted_class, used)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flowmm.runtime.matching import Assignment
+from flowmm.runtime.pivots import entries_at, flat_index
 
 MASS_FLOOR = 1e-12
 GAUSS_SIGMA = 5.0
@@ -119,7 +120,7 @@ def d2o(group: Group) -> Weights:
 
 def gauss(group: Group) -> Weights:
     """Weights ``exp(-||k_j - k_i||^2 / (2 sigma^2))``, sigma 5, normalised (KVMerger)."""
-    own = group.key.gather(2, group.target[..., None].expand_as(group.member_key))
+    own = entries_at(group.key, group.target)
     distance = (group.member_key - own).square().sum(-1)
     pivot, _ = _ones(group)
     return _normalised(group, pivot, (-distance / (2 * GAUSS_SIGMA**2)).exp())
@@ -203,19 +204,15 @@ class MergedEntries:
     bias: Tensor | None
 
 
-def _rows(tensor: Tensor, index: Tensor) -> Tensor:
-    return tensor.gather(2, index[..., None].expand(*index.shape, tensor.shape[-1]))
-
-
 def gather_group(key: Tensor, value: Tensor, importance: Tensor, assignment: Assignment) -> Group:
     """Pivots and members of one layer in fp32, masses floored at 1e-12."""
     index, evicted = assignment.pivots.index, assignment.evicted
     masses = importance.clamp(min=MASS_FLOOR)
     return Group(
-        key=_rows(key, index).float(),
-        value=_rows(value, index).float(),
-        member_key=_rows(key, evicted).float(),
-        member_value=_rows(value, evicted).float(),
+        key=entries_at(key, index).float(),
+        value=entries_at(value, index).float(),
+        member_key=entries_at(key, evicted).float(),
+        member_value=entries_at(value, evicted).float(),
         mass=masses.gather(2, index),
         member_mass=masses.gather(2, evicted),
         similarity=assignment.similarity,
@@ -237,7 +234,7 @@ def merge(operator: str, key: Tensor, value: Tensor, importance: Tensor, assignm
         Entries in the dtype of `key` and `value`. A pivot that absorbs nothing keeps its values bit for bit.
     """
     index = assignment.pivots.index
-    kept_key, kept_value = _rows(key, index), _rows(value, index)
+    kept_key, kept_value = entries_at(key, index), entries_at(value, index)
     if operator == "evict" or assignment.evicted.shape[2] == 0:
         return MergedEntries(kept_key, kept_value, None)
     group = gather_group(key, value, importance, assignment)
@@ -256,5 +253,7 @@ def merge(operator: str, key: Tensor, value: Tensor, importance: Tensor, assignm
 def _combine(group: Group, pivot: Tensor, member: Tensor, pivot_weight: Tensor, member_weight: Tensor) -> Tensor:
     """``pivot_weight * pivot + sum over members of member_weight * member``."""
     share = torch.where(group.joins, member_weight, 0.0)[..., None] * member
-    target = group.target[..., None].expand_as(member)
-    return (pivot_weight[..., None] * pivot).scatter_add_(2, target, share)
+    combined = pivot_weight[..., None] * pivot
+    target = flat_index(group.target, pivot.shape[2])
+    combined.view(-1, pivot.shape[-1]).index_add_(0, target.flatten(), share.flatten(0, 2))
+    return combined

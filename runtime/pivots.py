@@ -27,6 +27,20 @@ class Pivots:
         return mask.scatter_reduce(2, self.index, filled, reduce="amax", include_self=True)
 
 
+def entries_at(states: Tensor, index: Tensor) -> Tensor:
+    """``[B, H, L, D]`` at `index` ``[B, H, N]`` long: ``[B, H, N, D]``; copies whole entries, unlike ``gather``."""
+    dim = states.shape[-1]
+    picked = states.reshape(-1, dim).index_select(0, flat_index(index, states.shape[2]).flatten())
+    return picked.view(*index.shape, dim)
+
+
+def flat_index(index: Tensor, length: int) -> Tensor:
+    """`index` ``[B, H, N]`` into ``[B, H, length, D]`` as an index into the same tensor as ``[B * H * length, D]``."""
+    batch, heads = index.shape[:2]
+    starts = torch.arange(0, batch * heads * length, length, device=index.device)
+    return index + starts.view(batch, heads, 1)
+
+
 def select_pivots(importance: Tensor, forced: Tensor, valid: Tensor, counts: Tensor, slots: int) -> Pivots:
     """Top entries by importance, forced ones first; ties go to the smaller position.
 

@@ -22,6 +22,7 @@ from flowmm.runtime.attention import attached
 from flowmm.runtime.budgets import all_entries, planned_entries
 from flowmm.runtime.cache import CompressionSettings, FlowCache, Prompt
 from flowmm.runtime.flow import sampled_rho
+from flowmm.runtime.pivots import entries_at
 from flowmm.runtime.prompt import PromptLayout
 from flowmm.runtime.rotary import Rotary
 from flowmm.runtime.shared import Shared
@@ -150,8 +151,7 @@ class Prefill:
             if positions is None or keys is None or values is None:
                 layer.crop(-count)
                 continue
-            at = positions[..., None].expand(*positions.shape, key.shape[-1])
-            untouched = keys.eq(key.gather(2, at)).all(-1) & values.eq(value.gather(2, at)).all(-1)
+            untouched = keys.eq(entries_at(key, positions)).all(-1) & values.eq(entries_at(value, positions)).all(-1)
             hidden = untouched & (positions >= self.layout.lengths[0] - count)
             bias = torch.zeros(hidden.shape, device=hidden.device) if layer.bias is None else layer.bias
             layer.bias = bias.masked_fill(hidden, float("-inf"))
@@ -202,7 +202,8 @@ class _Capture:
         scaling: float,
         base: Callable[[], tuple[Tensor, Tensor | None]],
     ) -> tuple[Tensor, Tensor | None]:
-        self.states.append((query, key, value))
+        # Read many times, so worth a copy that lies in one piece.
+        self.states.append((query.contiguous(), key.contiguous(), value.contiguous()))
         self.scaling = scaling
         return base()
 

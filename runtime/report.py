@@ -41,9 +41,7 @@ class LayerRecord:
         """Summarise a compressed layer (``None``: it was left whole)."""
         merged = protected = largest = None
         if compressed is not None:
-            assignment = compressed.assignment
-            merged, protected = assignment.merged.sum(), assignment.protected.sum()
-            largest = assignment.sizes.max()
+            merged, protected, largest = compressed.totals
         return cls(index, planned, cross, rho, counts, kv_heads, merged, protected, largest)
 
     def with_bytes(self, before: int, after: int) -> Self:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 Result = TypeVar("Result")
 
 
