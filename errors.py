@@ -52,3 +52,13 @@ class UnsupportedModelError(FlowmmError):
 
 class ModelLoadError(FlowmmError):
     """Weights or processor files could not be loaded."""
+
+
+class ContextFormatError(InputError):
+    """A saved context is damaged, cut short, or not one."""
+
+
+class ContextMismatchError(FlowmmError):
+    """A saved context is valid but was made by another model, or for another plan or method."""
+
+    exit_code = 3

@@ -7,19 +7,21 @@ import threading
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from flowmm.errors import FlowmmError, InputError, UnsupportedModelError
 from flowmm.models import fingerprint_model, text_config, visual_mask
-from flowmm.plans import LayerPlan, MethodParameters, Plan, resolve_plan
+from flowmm.plans import LayerPlan, MethodParameters, ModelFingerprint, Plan, resolve_plan
 from flowmm.runtime.attention import attached
 from flowmm.runtime.budgets import Budget, planned_entries, validate_budget
 from flowmm.runtime.cache import CompressionSettings, FlowCache
 from flowmm.runtime.host import GenerateShadow, offsets_of, restore_offsets, shadowed_generate, valid_tokens
 from flowmm.runtime.online import CheckAction, OnlineCheck, PlannedRho
 from flowmm.runtime.report import RunReport, build_report
+from flowmm.runtime.saved import load_context, save_context
 
 # Rows per modality that rho is sampled from: few where it is compared with a plan (about 1 % of a long prefill), more
 # where it decides a mode.
@@ -39,8 +41,9 @@ class Run:
         settings: method, modes, budget and check of every cache this run makes.
     """
 
-    def __init__(self, model: Any, plan: Plan, settings: CompressionSettings) -> None:
+    def __init__(self, model: Any, plan: Plan, settings: CompressionSettings, fingerprint: ModelFingerprint) -> None:
         self.plan = plan
+        self._fingerprint = fingerprint
         self.settings = settings
         self._model = model
         self._config = model.config
@@ -78,6 +81,27 @@ class Run:
         if record is None or len(record.layers) < len(self.settings.modes):
             raise FlowmmError("the latest prefill did not reach the last layer, so there is nothing to report")
         return build_report(record)
+
+    def save(self, path: str | os.PathLike[str], cache: FlowCache | None = None) -> None:
+        """Write a compressed conversation, the latest one unless told otherwise, as a safetensors file.
+
+        Raises:
+            InputError: there is nothing to save, or the file cannot be written.
+        """
+        save_context(Path(path), self.cache if cache is None else cache, self._fingerprint, self.plan)
+
+    def load(self, path: str | os.PathLike[str]) -> FlowCache:
+        """A conversation that was saved, to pass as ``past_key_values=`` together with all of its ids.
+
+        ``cache.ids.filled`` are the ids it holds; put the new question's behind them.
+
+        Raises:
+            InputError: no such file, or not readable.
+            ContextFormatError: damaged, cut short, or not a saved context.
+            ContextMismatchError: saved by another model, or for another plan or method.
+        """
+        weight = next(iter(self._model.get_input_embeddings().parameters()))
+        return load_context(Path(path), self.settings, self._fingerprint, self.plan, weight)
 
     def _flow_of(self, kwargs: dict[str, Any]) -> FlowCache | None:
         """The cache a forward call will fill, made here for a call without one; ``None``: another block's call."""
@@ -201,14 +225,15 @@ def compress(
     _refuse_unsupported_model(model)
     if recompress_every is not None and recompress_every < 1:
         raise InputError(f"recompress_every={recompress_every}: expected a number of tokens, at least 1, or None")
-    differences = plan.check_model(fingerprint_model(model))
+    fingerprint = fingerprint_model(model)
+    differences = plan.check_model(fingerprint)
     if differences:
         warnings.warn(
             f"plan and model differ: {'; '.join(map(str, differences))}. The plan still fits; profile again to be sure",
             PlanFitWarning,
             stacklevel=3,
         )
-    run = Run(model, plan, _settings(plan, chosen, asked, check, recompress_every))
+    run = Run(model, plan, _settings(plan, chosen, asked, check, recompress_every), fingerprint)
     see_rotary = run._see_rotary if chosen.needs_rotary else None
     with attached(model, run._flow_of, see_rotary, run._note_offsets), shadowed_generate(model, run) as shadow:
         run._shadow = shadow
