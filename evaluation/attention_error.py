@@ -1,4 +1,4 @@
-"""Attention-output error per layer: what a compressed cache changes in a layer that is asked the same as with all of it.
+"""Attention-output error per layer: what a compressed cache changes in a layer that is asked just the same.
 
 Queries, and the keys and values of the tokens fed after the compression, are those of the full cache's run. So an error
 is a layer's own and not inherited from the layers below.

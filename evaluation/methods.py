@@ -2,7 +2,7 @@
 
 ``full`` keeps everything. ``robust``, ``paper``, ... are presets. ``PRESET:field=value,field=value`` changes fields of
 :class:`flowmm.plans.MethodParameters`. A control, or ``merge=OPERATOR``, is a change to ``robust``; ``PRESET:CONTROL``
-applies it to another preset.
+applies it to another preset. A group stands for several names: ``controls``, ``PRESET:controls``, ``presets``.
 """
 
 from __future__ import annotations
@@ -32,6 +32,22 @@ CONTROLS: dict[str, dict[str, str]] = {
     "nothing_forced": {"keep_proxies": "false", "n_sink": "0"},
 }
 
+# What a method must beat, at the same number of entries, and the full cache.
+COMPARED_CONTROLS = (
+    "random_pivots",
+    "same_pivots_evicted",
+    "any_pivot",
+    "intra_only",
+    "inverted",
+    "strict_cross",
+    "gate_off",
+)
+GROUPS: dict[str, tuple[str, ...]] = {
+    "controls": (FULL, *COMPARED_CONTROLS),
+    "presets": (FULL, *PRESETS),
+    **{f"{preset}:controls": (FULL, *(f"{preset}:{name}" for name in COMPARED_CONTROLS)) for preset in PRESETS},
+}
+
 
 @dataclass(frozen=True)
 class Method:
@@ -51,19 +67,19 @@ def parse_methods(text: str, theta: float) -> list[Method]:
     """Methods from a comma-separated list; a piece ``field=value`` after ``name:...`` belongs to that name.
 
     Args:
-        text: such as ``full,robust,paper:merge=tangent,gate=false,any_pivot``.
+        text: such as ``full,robust,paper:merge=tangent,gate=false,any_pivot,controls``.
         theta: the plan's threshold, unless a method changes it.
 
     Raises:
         InputError: an unknown name or field, a value that does not fit, or the same name twice.
     """
-    methods = [_parse_method(name, theta) for name in _names(text)]
-    names = [method.name for method in methods]
-    if not names:
+    asked = list(_names(text))
+    if not asked:
         raise InputError("no method given; expected names such as full, robust, paper")
-    if len(set(names)) < len(names):
-        raise InputError(f"methods {', '.join(names)}: a name occurs twice; give each once")
-    return methods
+    if len(set(asked)) < len(asked):
+        raise InputError(f"methods {', '.join(asked)}: a name occurs twice; give each once")
+    names = dict.fromkeys(name for piece in asked for name in GROUPS.get(piece, (piece,)))
+    return [_parse_method(name, theta) for name in names]
 
 
 def _names(text: str) -> Iterator[str]:
@@ -100,7 +116,7 @@ def _changes(text: str) -> dict[str, object]:
     for piece in filter(None, text.split(",")):
         field, equals, value = piece.partition("=")
         if not equals:
-            known = (FULL, *PRESETS, *CONTROLS)
+            known = (FULL, *PRESETS, *CONTROLS, "controls", "presets")
             raise InputError(f"method {text!r}: expected one of {', '.join(known)}, or PRESET:field=value,...")
         changes[field] = value
     return changes

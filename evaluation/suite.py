@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flowmm.errors import InputError
 from flowmm.pocket import tasks
 from flowmm.pocket.tasks import TASKS, Question, Scene, asked_scene, stream
+
+if TYPE_CHECKING:
+    from flowmm.profiler import CalibrationSample
 
 POCKET = "pocket"
 UNLABELLED = "fidelity"
@@ -24,11 +28,12 @@ class Case:
 
     Attributes:
         suite, split, task, seed, index: what identifies the case.
-        context: content parts in front of the question; for an unlabelled prompt, all of its last user turn.
-        question: text of the question's line, empty for an unlabelled prompt.
+        context: content parts of the last user turn in front of the question.
+        question: the text that ends the last user turn, empty where an image does.
         answer: the only right answer, or ``None``.
         earlier: another question about the same context with its answer, for the ``second`` protocol.
         history: turns before the one that holds the context.
+        separator: what stands between context and question.
     """
 
     suite: str
@@ -41,6 +46,7 @@ class Case:
     answer: str | None = None
     earlier: Question | None = None
     history: tuple[Message, ...] = ()
+    separator: str = "\n"
 
     @property
     def name(self) -> str:
@@ -48,11 +54,13 @@ class Case:
 
     def context_messages(self) -> list[Message]:
         """The conversation up to and including the context."""
-        return [*self.history, {"role": "user", "content": list(self.context)}]
+        return [*self.history, {"role": "user", "content": list(self.context)}] if self.context else [*self.history]
 
     def asking(self, question: str) -> list[Message]:
-        """The conversation up to and including `question`, on a line of its own behind the context."""
-        parts = [*self.context, {"type": "text", "text": f"\n{question}"}] if question else list(self.context)
+        """The conversation up to and including `question` behind the context."""
+        parts = list(self.context)
+        if question:
+            parts.append({"type": "text", "text": self.separator + question})
         return [*self.history, {"role": "user", "content": parts}]
 
 
@@ -90,21 +98,43 @@ def _other_question(scene: Scene, question: str, rng: np.random.Generator) -> Qu
 
 
 def unlabelled_cases(data: str, limit: int | None = None, seed: int = 0) -> list[Case]:
-    """Prompts without answers from JSONL or a folder of images, see :func:`flowmm.profiler.load_calibration`.
+    """Prompts without answers, in any format that :func:`flowmm.profiler.load_calibration` reads.
+
+    A recorded answer at the end of a conversation is left out: the full cache's own answer is the standard.
 
     Raises:
-        InputError: no such data, nothing in it, or a line that is not a prompt.
+        InputError: no such data, nothing in it, a line that is not a prompt, or a conversation without a user's turn
+            at its end.
     """
     from flowmm.profiler import load_calibration
 
-    cases = []
-    for index, sample in enumerate(load_calibration(data, limit=limit, seed=seed)):
-        *history, last = sample.messages
-        content = last["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        name = Path(data).stem
-        cases.append(Case(name, "all", UNLABELLED, seed, index, tuple(parts), history=tuple(history)))
-    return cases
+    samples = load_calibration(data, limit=limit, seed=seed)
+    return [_unlabelled_case(sample, Path(data).stem, seed, index) for index, sample in enumerate(samples)]
+
+
+def _unlabelled_case(sample: CalibrationSample, suite: str, seed: int, index: int) -> Case:
+    messages = list(sample.messages)
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages or messages[-1]["role"] != "user":
+        raise InputError(f"{sample.name}: expected a conversation with a user's turn at its end")
+    *history, last = messages
+    content = last["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+    texts: list[str] = []
+    while parts and parts[-1]["type"] == "text":
+        texts.insert(0, parts.pop()["text"])
+    return Case(
+        suite,
+        "all",
+        UNLABELLED,
+        seed,
+        index,
+        context=tuple(parts),
+        question="".join(texts),
+        history=tuple(history),
+        separator="",
+    )
 
 
 SUITES: dict[str, Callable[[str, int, Sequence[str], int], list[Case]]] = {POCKET: pocket_cases}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flowmm.errors import InputError
-from flowmm.evaluation.methods import CONTROLS, parse_methods
+from flowmm.evaluation.methods import CONTROLS, FULL, GROUPS, parse_methods
 from flowmm.plans import PRESETS, MethodParameters
 from flowmm.plans.method import MERGE_OPERATORS
 
@@ -46,6 +46,15 @@ def test_every_merge_operator_has_a_short_name(operator: str) -> None:
     names = [method.name for method in parse_methods(f"full,robust,merge={operator}", 0.25)]
     assert names == ["full", "robust", f"merge={operator}"]
     assert parameters(f"merge={operator}").merge == operator
+
+
+def test_groups_stand_for_their_names_and_count_each_once() -> None:
+    names = [method.name for method in parse_methods("robust,controls,full,paper", 0.25)]
+    assert names[:3] == ["robust", "full", "random_pivots"]
+    assert names == ["robust", *GROUPS["controls"], "paper"]
+    assert [method.name for method in parse_methods("presets", 0.25)] == [FULL, *PRESETS]
+    of_paper = parse_methods("paper:controls", 0.25)
+    assert {method.parameters.preset for method in of_paper if method.parameters is not None} == {"paper"}
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_checkpoint import write_checkpoint
+from tiny_checkpoint import tiny_image, write_checkpoint
 from torch import Tensor
 
 import flowmm
@@ -14,7 +15,7 @@ from flowmm.errors import InputError
 from flowmm.evaluation.bench import Bench, Cell
 from flowmm.evaluation.methods import parse_methods
 from flowmm.evaluation.protocols import PROTOCOLS, build_trial
-from flowmm.evaluation.suite import Case, pocket_cases
+from flowmm.evaluation.suite import Case, pocket_cases, unlabelled_cases
 from flowmm.models import LoadedModel, load_model
 from flowmm.plans import MethodParameters, Plan, unprofiled_plan
 from flowmm.runtime import FlowCache, compress
@@ -194,12 +195,77 @@ def test_an_entry_that_absorbed_others_is_not_hidden(model: LoadedModel, plan: P
         assert layer.bias[0, :, -1].tolist() == [0.0, float("-inf")]
 
 
-def test_unlabelled_prompts_have_no_second_question(model: LoadedModel) -> None:
-    case = Case("own", "all", "fidelity", 0, 0, ({"type": "text", "text": "hello"},))
-    assert build_trial(model, case, "aware").prompt_length > 5
-    for protocol in ("blind", "second"):
-        with pytest.raises(InputError, match="own:all:fidelity:0"):
-            build_trial(model, case, protocol)
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+def unlabelled(tmp_path: Path, *messages: dict[str, object]) -> Case:
+    """The case of a prompt file with one conversation, in which the path ``red.png`` leads to an image."""
+    tiny_image().save(tmp_path / "red.png")
+    data = tmp_path / "own.jsonl"
+    data.write_text(json.dumps({"messages": messages}), encoding="utf-8")
+    (case,) = unlabelled_cases(str(data))
+    return case
+
+
+PICTURE = {"type": "image", "image": "red.png"}
+FIRST = {"role": "user", "content": [PICTURE, text("what is this?")]}
+ANSWER = {"role": "assistant", "content": "a square."}
+LAST = {"role": "user", "content": "what colour is it?"}
+
+
+def test_aware_compresses_an_unlabelled_prompt_as_it_is(model: LoadedModel, tmp_path: Path) -> None:
+    case = unlabelled(tmp_path, FIRST)
+    prompt = build_trial(model, case, "aware").inputs["input_ids"]
+    messages = [{"role": "user", "content": [{"type": "image", "image": tiny_image()}, text("what is this?")]}]
+    assert torch.equal(prompt, model.build_inputs(messages)["input_ids"])
+
+
+def test_blind_feeds_the_last_user_text_of_an_unlabelled_prompt(model: LoadedModel, tmp_path: Path) -> None:
+    prompt, fed = texts(model, build_trial(model, unlabelled(tmp_path, FIRST), "blind"))
+    assert prompt.endswith("<|vision_end|>")
+    assert fed == "what is this?<|im_end|>\n<|im_start|>assistant\n"
+    prompt, fed = texts(model, build_trial(model, unlabelled(tmp_path, FIRST, ANSWER, LAST), "blind"))
+    assert prompt.endswith("a square.<|im_end|>\n")
+    assert fed == "<|im_start|>user\nwhat colour is it?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_second_feeds_the_recorded_answer_and_the_next_turn(model: LoadedModel, tmp_path: Path) -> None:
+    case = unlabelled(tmp_path, FIRST, ANSWER, LAST)
+    prompt, fed = texts(model, build_trial(model, case, "second"))
+    assert prompt.endswith("what is this?<|im_end|>\n<|im_start|>assistant\n")
+    turn = "<|im_end|>\n<|im_start|>user\nwhat colour is it?<|im_end|>\n<|im_start|>assistant\n"
+    assert fed == "a square." + turn
+
+
+def test_a_recorded_answer_at_the_end_is_left_out(tmp_path: Path) -> None:
+    case = unlabelled(tmp_path, FIRST, ANSWER, LAST, ANSWER)
+    assert (case.question, len(case.history)) == ("what colour is it?", 2)
+    with pytest.raises(InputError, match="user's turn at its end"):
+        unlabelled(tmp_path, {"role": "system", "content": "be brief."})
+
+
+@pytest.mark.parametrize(
+    ("protocol", "messages", "needed"),
+    [
+        ("blind", [LAST], "in front of it"),
+        ("blind", [{"role": "system", "content": "be brief."}, LAST], "in front of it"),
+        ("blind", [{"role": "user", "content": [text("look:"), PICTURE]}], "a text at the end"),
+        ("second", [FIRST], "user, assistant, user"),
+        ("second", [FIRST, LAST], "user, assistant, user"),
+    ],
+)
+def test_a_prompt_that_does_not_fit_a_protocol_is_told_what_it_lacks(
+    model: LoadedModel, tmp_path: Path, protocol: str, messages: list[dict[str, object]], needed: str
+) -> None:
+    with pytest.raises(InputError, match=rf"own:all:fidelity:0.*{needed}"):
+        build_trial(model, unlabelled(tmp_path, *messages), protocol)
+
+
+def test_images_of_a_later_turn_are_refused(model: LoadedModel, tmp_path: Path) -> None:
+    case = unlabelled(tmp_path, LAST, ANSWER, FIRST)
+    with pytest.raises(InputError, match=r"own:all:fidelity:0.*images behind"):
+        build_trial(model, case, "second")
 
 
 def test_an_unknown_protocol_is_named(model: LoadedModel, case: Case) -> None:
