@@ -151,10 +151,15 @@ class Prefill:
             if positions is None or keys is None or values is None:
                 layer.crop(-count)
                 continue
-            untouched = keys.eq(entries_at(key, positions)).all(-1) & values.eq(entries_at(value, positions)).all(-1)
-            hidden = untouched & (positions >= self.layout.lengths[0] - count)
-            bias = torch.zeros(hidden.shape, device=hidden.device) if layer.bias is None else layer.bias
-            layer.bias = bias.masked_fill(hidden, float("-inf"))
+            # Entries are in ascending position, so the tokens fed again can only be the last ones.
+            newest = positions[..., -count:]
+            last = slice(-newest.shape[-1], None)
+            same_key = keys[:, :, last].eq(entries_at(key, newest)).all(-1)
+            same_value = values[:, :, last].eq(entries_at(value, newest)).all(-1)
+            hidden = same_key & same_value & (newest >= self.layout.lengths[0] - count)
+            bias = keys.new_zeros(positions.shape) if layer.bias is None else layer.bias.clone()
+            bias[..., last] = bias[..., last].masked_fill(hidden, float("-inf"))
+            layer.bias = bias
         return cache
 
     @property

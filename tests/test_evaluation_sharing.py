@@ -51,12 +51,13 @@ def test_together_as_one_by_one(model: LoadedModel, protocol: str, labelled: boo
     trial = build_trial(model, case, protocol)
     prefilled = prefill(model.model, trial)
     cells = [Cell(method, budget) for budget in BUDGETS for method in METHODS]
+    checked = [cell for cell in cells if cell.budget == BUDGETS[-1]]
     with reading_caches(model.model):
-        benches = [Bench(model, plan_of(model, online), case, protocol, trial, replace(prefilled)) for _ in cells]
-        alone = [row for bench, cell in zip(benches, cells, strict=True) for row in bench.measure([cell])]
+        benches = [Bench(model, plan_of(model, online), case, protocol, trial, replace(prefilled)) for _ in checked]
+        alone = [row for bench, cell in zip(benches, checked, strict=True) for row in bench.measure([cell])]
         together = Bench(model, plan_of(model, online), case, protocol, trial, prefilled).measure(cells)
     by_key = {row.key: row for row in together}
-    assert len(by_key) == len({row.key for row in alone})
+    assert {row.key for row in alone} <= by_key.keys()
     for row in alone:
         assert outcome(by_key[row.key]) == outcome(row)
         assert by_key[row.key].kl == pytest.approx(row.kl, abs=1e-5)
