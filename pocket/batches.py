@@ -28,7 +28,8 @@ class Batch:
 
     ``mask [B, 1, L, L]`` is True where a token may be seen, ``blind`` the same without the context for questions.
     ``images [N, 32, 32, 3]`` are uint8 in prompt order. ``targets [B, L]`` is the next token where it is scored, else
-    -100, and ``asked [B, L]`` the index into ``tasks.TASKS`` of the question it answers, else -1.
+    -100, and ``asked [B, L]`` the index into ``tasks.TASKS`` of the question it answers, else -1. The first ``shared``
+    tokens of every row are context.
     """
 
     ids: torch.Tensor
@@ -38,6 +39,7 @@ class Batch:
     images: np.ndarray
     targets: torch.Tensor
     asked: torch.Tensor
+    shared: int
 
 
 class Packer:
@@ -147,6 +149,7 @@ def pack(rows: list[_Row], scenes: list[tasks.Scene], pad_token: int) -> Batch:
         images=np.stack([picture.pixels for scene in scenes for picture in scene.pictures]),
         targets=padded([row.targets for row in rows], -100),
         asked=padded([row.asked for row in rows], -1),
+        shared=min(row.branches.count(0) for row in rows),
     )
 
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from flowmm.pocket.precision import fast_dtype
+
 
 def orthogonalise(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """Push the singular values of ``matrices [n, rows, columns]`` towards 1 by Newton-Schulz iterations in bf16."""
+    """Push the singular values of ``matrices [n, rows, columns]`` towards 1 by Newton-Schulz iterations."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16()
+    x = matrices.to(fast_dtype())
     flip = x.shape[-2] > x.shape[-1]
     x = x.mT if flip else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import Qwen2Tokenizer
 
 from flowmm.pocket import tasks
@@ -24,6 +24,39 @@ def object_labels(pictures: list[tasks.Picture]) -> torch.Tensor:
             shown = tasks.SHAPES.index(item.shape), list(tasks.COLOURS).index(item.colour), digit
             labels[i, row : row + tokens_per_cell, column : column + tokens_per_cell] = shown
     return torch.from_numpy(labels)
+
+
+def arrival_labels(scenes: list[tasks.Scene]) -> torch.Tensor:
+    """Return ``[N, side, side]`` bool: tokens of the object that only the second picture of a pair shows."""
+    tokens_per_cell = TOKENS_PER_SIDE * tasks.CELL // tasks.IMAGE_SIZE
+    arrived = {id(pair.after): pair.arrived for scene in scenes for pair in scene.pairs}
+    pictures = [picture for scene in scenes for picture in scene.pictures]
+    labels = torch.zeros(len(pictures), TOKENS_PER_SIDE, TOKENS_PER_SIDE, dtype=torch.bool)
+    for i, picture in enumerate(pictures):
+        if item := arrived.get(id(picture)):
+            row, column = (tokens_per_cell * place for place in item.cell)
+            labels[i, row : row + tokens_per_cell, column : column + tokens_per_cell] = True
+    return labels
+
+
+def noticing_loss(
+    noticed: torch.Tensor, labels: torch.Tensor, table: torch.Tensor, tokenizer: Qwen2Tokenizer
+) -> tuple[torch.Tensor, float]:
+    """Have the tokens of an arrived object, and no others, say ``change`` to the layers that look things up.
+
+    Takes ``noticed [N, tokens, hidden]``, ``labels`` of ``arrival_labels`` and ``table [vocabulary, hidden]``; returns
+    the loss and the mean of the shares told right among arrived and other tokens.
+    """
+    word = table[tokenizer.encode("change")[-1]] + table[tokenizer.encode(" change")[-1]]
+    scores, wanted = (noticed @ word * 4).flatten() - 2, labels.flatten()
+    # Few tokens belong to arrived objects; both classes weigh the same.
+    each = [
+        binary_cross_entropy_with_logits(scores[chosen], wanted[chosen].float(), reduction="sum")
+        / chosen.sum().clamp(min=1)
+        for chosen in (wanted, ~wanted)
+    ]
+    told = [((scores > 0) == wanted)[chosen].float().mean().item() for chosen in (wanted, ~wanted)]
+    return each[0] + each[1], sum(told) / 2
 
 
 def naming_loss(

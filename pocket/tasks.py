@@ -1,7 +1,8 @@
 """Generated multi-image prompts with one exact answer each: the pocket model's world.
 
-A scene is a shuffled row of captioned pictures (several coloured shapes or digits each), text facts and filler. A task
-is a way of asking about a scene. A sample draws from a stream keyed by (split, task, index, seed): splits share none.
+A scene is a shuffled row of captioned pictures (several coloured shapes or digits each), pairs of pictures between
+which one object changes, text facts and filler. A task is a way of asking about a scene. A sample draws from a stream
+keyed by (split, task, index, seed): splits share none.
 """
 
 from __future__ import annotations
@@ -84,6 +85,21 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Two pictures of one name; in the second, one object has given way to a shape that the first does not show."""
+
+    before: Picture
+    after: Picture
+
+    @property
+    def arrived(self) -> Object:
+        """The object that only the second picture shows."""
+        known = {item.shape for item in self.before.objects}
+        (arrived,) = (item for item in self.after.objects if item.shape not in known)
+        return arrived
+
+
+@dataclass(frozen=True)
 class Fact:
     """The sentence ``KEY is VALUE.``"""
 
@@ -93,13 +109,19 @@ class Fact:
 
 @dataclass(frozen=True)
 class Scene:
-    """Pictures, facts and filler sentences in the order in which a prompt shows them."""
+    """Pictures, pairs, facts and filler sentences in the order in which a prompt shows them."""
 
-    items: tuple[Picture | Fact | str, ...]
+    items: tuple[Picture | Pair | Fact | str, ...]
 
     @property
     def pictures(self) -> list[Picture]:
-        return [item for item in self.items if isinstance(item, Picture)]
+        """Every picture, both of a pair one after the other."""
+        shown = [(item.before, item.after) if isinstance(item, Pair) else (item,) for item in self.items]
+        return [picture for group in shown for picture in group if isinstance(picture, Picture)]
+
+    @property
+    def pairs(self) -> list[Pair]:
+        return [item for item in self.items if isinstance(item, Pair)]
 
     @property
     def facts(self) -> list[Fact]:
@@ -109,13 +131,19 @@ class Scene:
         """Return chat content parts; neighbouring sentences share one text part."""
         parts: list[dict] = []
         words: list[str] = []
+
+        def show(picture: Picture, caption: str) -> None:
+            parts.append({"type": "text", "text": " ".join([*words, caption])})
+            parts.append({"type": "image", "image": Image.fromarray(picture.pixels)})
+            words.clear()
+
         for item in self.items:
             match item:
                 case Picture():
-                    words.append(f"image {item.name}")
-                    parts.append({"type": "text", "text": " ".join(words)})
-                    parts.append({"type": "image", "image": Image.fromarray(item.pixels)})
-                    words = []
+                    show(item, f"image {item.name}")
+                case Pair():
+                    show(item.before, f"image {item.before.name}")
+                    show(item.after, item.after.name)
                 case Fact():
                     words.append(f"{item.key} is {item.value}.")
                 case str():
@@ -181,57 +209,79 @@ def _paint(kind: np.ndarray, ink: np.ndarray, corner: np.ndarray, canvas: np.nda
     box += ink[..., None] * (kind - box)
 
 
-def _object(shape: str, cell: tuple[int, int], canvas: np.ndarray, split: str, rng: np.random.Generator) -> Object:
-    """Draw an object's colour, size and place in its cell, and paint it."""
-    colour, digit = str(rng.choice(list(COLOURS))), None
+def _object(shape: str, cell: tuple[int, int], split: str, rng: np.random.Generator) -> tuple[Object, np.ndarray]:
+    """Draw an object's colour and digit; return it with its drawing, ink ``[n, n]`` from 0 to 1."""
+    colour = str(rng.choice(list(COLOURS)))
     if shape == DIGIT:
-        size = int(rng.choice(_DIGIT_SIZES))
         drawings, labels = _handwriting(split)
         chosen = int(rng.integers(len(labels)))
-        digit = int(labels[chosen])
-        drawing = Image.fromarray(drawings[chosen]).resize((size, size), Image.Resampling.BILINEAR)
-        ink = np.asarray(drawing, dtype=float) / 240
+        return Object(shape, colour, cell, int(labels[chosen])), drawings[chosen]
+    return Object(shape, colour, cell), np.empty(0)
+
+
+def _paint(item: Object, drawing: np.ndarray, canvas: np.ndarray, rng: np.random.Generator) -> None:
+    """Paint an object somewhere in its cell, in its colour more or less."""
+    size = int(rng.choice(_OBJECT_SIZES if item.digit is None else _DIGIT_SIZES))
+    if item.digit is None:
+        ink = _stencil(item.shape, size).astype(float)
     else:
-        size = int(rng.choice(_OBJECT_SIZES))
-        ink = _stencil(shape, size).astype(float)
-    corner = np.array(cell) * CELL + rng.integers(0, CELL - size + 1, 2)
-    _paint(np.array(COLOURS[colour]) + rng.uniform(-15, 15, 3), ink, corner, canvas)
-    return Object(shape, colour, cell, digit)
+        scaled = Image.fromarray(drawing).resize((size, size), Image.Resampling.BILINEAR)
+        ink = np.asarray(scaled, dtype=float) / 240
+    top, left = np.array(item.cell) * CELL + rng.integers(0, CELL - size + 1, 2)
+    box = canvas[top : top + size, left : left + size]
+    box += ink[..., None] * (np.array(COLOURS[item.colour]) + rng.uniform(-15, 15, 3) - box)
 
 
-def _picture(name: str, split: str, rng: np.random.Generator) -> Picture:
+def _picture(name: str, drawn: Sequence[tuple[Object, np.ndarray]], rng: np.random.Generator) -> Picture:
+    canvas = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), rng.uniform(15, 60))
+    for item, drawing in drawn:
+        _paint(item, drawing, canvas, rng)
+    pixels = np.clip(canvas + rng.normal(0, 8, canvas.shape), 0, 255).astype(np.uint8)
+    return Picture(name, tuple(item for item, _ in drawn), pixels)
+
+
+def _shown(name: str, paired: bool, split: str, rng: np.random.Generator) -> Picture | Pair:
+    """Draw a picture, or a pair: the same objects painted anew, but for one that a new shape replaces."""
     side = IMAGE_SIZE // CELL
     count = int(rng.integers(2, side * side + 1))
-    cells = rng.permutation(side * side)[:count]
-    shapes = rng.permutation(SHAPES)[:count]
-    canvas = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), rng.uniform(15, 60))
-    objects = tuple(
-        _object(str(shape), divmod(int(cell), side), canvas, split, rng)
-        for shape, cell in zip(shapes, cells, strict=True)
-    )
-    pixels = np.clip(canvas + rng.normal(0, 8, canvas.shape), 0, 255).astype(np.uint8)
-    return Picture(name, objects, pixels)
+    cells = [divmod(int(cell), side) for cell in rng.permutation(side * side)[:count]]
+    shapes = [str(shape) for shape in rng.permutation(SHAPES)]
+    drawn = [_object(shape, cell, split, rng) for shape, cell in zip(shapes, cells, strict=False)]
+    before = _picture(name, drawn, rng)
+    if not paired:
+        return before
+    replaced = int(rng.integers(count))
+    drawn[replaced] = _object(shapes[count], cells[replaced], split, rng)
+    return Pair(before, _picture(name, drawn, rng))
 
 
 def draw_scene(
     rng: np.random.Generator,
     split: str,
     images: int | None = None,
+    pairs: int | None = None,
     facts: int | None = None,
     fillers: int | None = None,
 ) -> Scene:
-    """Draw a scene; sizes left out are drawn too (9-19 images, 4-8 facts, 1-4 fillers: 200-500 prompt tokens).
+    """Draw a scene of ``images`` names, ``pairs`` of which are shown twice; sizes left out are drawn too.
+
+    Drawn sizes are 12-20 names, 3-12 pairs, 4-12 facts and 2-12 fillers: prompts of 360-810 tokens.
 
     Raises:
-        InputError: more images or facts than there are names or keys, or a negative number.
+        InputError: more images or facts than there are names or keys, more pairs than images, or a negative number.
     """
-    images = int(rng.integers(9, 20)) if images is None else images
-    facts = int(rng.integers(4, 9)) if facts is None else facts
-    fillers = int(rng.integers(1, 5)) if fillers is None else fillers
-    for what, asked, most in (("images", images, len(NAMES)), ("facts", facts, len(KEYS)), ("fillers", fillers, 1000)):
-        if not 0 <= asked <= most:
-            raise InputError(f"{what}={asked} is out of range; expected 0 to {most}")
-    items: list[Picture | Fact | str] = [_picture(str(name), split, rng) for name in rng.permutation(NAMES)[:images]]
+    images = int(rng.integers(12, 21)) if images is None else images
+    pairs = min(images, int(rng.integers(3, 13))) if pairs is None else pairs
+    facts = int(rng.integers(4, 13)) if facts is None else facts
+    fillers = int(rng.integers(2, 13)) if fillers is None else fillers
+    asked = (("images", images, len(NAMES)), ("pairs", pairs, images), ("facts", facts, len(KEYS)))
+    for what, number, most in (*asked, ("fillers", fillers, 1000)):
+        if not 0 <= number <= most:
+            raise InputError(f"{what}={number} is out of range; expected 0 to {most}")
+    names = rng.permutation(NAMES)[:images]
+    items: list[Picture | Pair | Fact | str] = [
+        _shown(str(name), i < pairs, split, rng) for i, name in enumerate(names)
+    ]
     keys, values = rng.permutation(KEYS)[:facts], rng.choice(VALUES, facts)
     items += [Fact(str(key), str(value)) for key, value in zip(keys, values, strict=True)]
     items += [str(rng.choice(FILLERS)) for _ in range(fillers)]
@@ -267,7 +317,7 @@ def _ask_digit(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 def _ask_find(scene: Scene, rng: np.random.Generator) -> Question | None:
     """Ask for the image with a shape in a colour that no other image shows."""
-    shown = [(item.shape, item.colour, picture.name) for picture in scene.pictures for item in picture.objects]
+    shown = {(item.shape, item.colour, picture.name): None for picture in scene.pictures for item in picture.objects}
     counts = Counter(thing[:2] for thing in shown)
     unique = [thing for thing in shown if counts[thing[:2]] == 1]
     if not unique:
@@ -276,11 +326,19 @@ def _ask_find(scene: Scene, rng: np.random.Generator) -> Question | None:
     return f"what image shows the {shape} which is {colour}?", name
 
 
+def _ask_change(scene: Scene, rng: np.random.Generator) -> Question | None:
+    if not scene.pairs:
+        return None
+    pair = scene.pairs[rng.integers(len(scene.pairs))]
+    return f"what is the change in image {pair.before.name}?", pair.arrived.shape
+
+
 QUESTIONS: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {
     "text_needle": _ask_text,
     "colour_needle": _ask_colour,
     "digit_needle": _ask_digit,
     "find": _ask_find,
+    "visual_change": _ask_change,
 }
 """How to ask each task about a scene; None where the scene has nothing to ask about."""
 
@@ -309,7 +367,7 @@ def asked_scene(task: str, split: str, index: int, seed: int = 0, **sizes: int |
         scene = draw_scene(rng, split, **sizes)
         if asked := QUESTIONS[task](scene, rng):
             return scene, asked
-    raise InputError(f"{task} has nothing to ask about scenes of sizes {sizes}; ask for more images or facts")
+    raise InputError(f"{task} has nothing to ask about scenes of sizes {sizes}; ask for more images, pairs or facts")
 
 
 def sample(
@@ -319,6 +377,7 @@ def sample(
     seed: int = 0,
     *,
     images: int | None = None,
+    pairs: int | None = None,
     facts: int | None = None,
     fillers: int | None = None,
 ) -> Sample:
@@ -328,7 +387,7 @@ def sample(
         InputError: unknown task or split, negative index or seed, a size out of range (see ``draw_scene``),
             or sizes that leave nothing to ask about.
     """
-    scene, asked = asked_scene(task, split, index, seed, images=images, facts=facts, fillers=fillers)
+    scene, asked = asked_scene(task, split, index, seed, images=images, pairs=pairs, facts=facts, fillers=fillers)
     return Sample(task, split, index, scene.content(), *asked)
 
 

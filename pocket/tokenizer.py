@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-_QUESTION_WORDS = "what which is the in image colour shows user assistant system"
+_QUESTION_WORDS = "what which is the in image colour change shows user assistant system"
 
 
 def words() -> list[str]:

@@ -1,7 +1,8 @@
 """Train the pocket model: ``python -m flowmm.pocket.train [--out DIR] [--resume]``; the defaults made the weights.
 
 Two stages. First the vision tower learns to write, at each visual token, the text embeddings of the shape and the
-colour it shows. Then everything trains on packed scenes that grow from one image to full prompts.
+colour it shows. Then everything trains on packed scenes that grow from one image to full prompts. A run can begin with
+an earlier checkpoint: ``--start DIR --at STEP``.
 """
 
 from __future__ import annotations
@@ -27,28 +28,38 @@ from flowmm.pocket.architecture import MATCH_LAYERS, build_image_processor, buil
 from flowmm.pocket.batches import Batch, Packer, draw_branch, pack, patches
 from flowmm.pocket.forward import Packed, visual_embeddings
 from flowmm.pocket.muon import Muon
-from flowmm.pocket.sight import naming_loss, object_labels
+from flowmm.pocket.sight import arrival_labels, naming_loss, noticing_loss, object_labels
 from flowmm.pocket.tokenizer import build_tokenizer
+
+# How often the tasks of ``tasks.TASKS`` are asked: before there are pairs, when pairs are learned, and in the end.
+FOUR = (0.2, 0.3, 0.2, 0.3, 0.0)
+PAIRS_FIRST = (0.15, 0.15, 0.15, 0.15, 0.4)
+FIVE = (0.22, 0.16, 0.2, 0.17, 0.25)
+# Ranges of images, pairs, facts and fillers.
+FULL_SIZE = ((10, 20), (3, 12), (4, 12), (2, 12))
 
 
 @dataclass(frozen=True)
 class Level:
     """One stage of the curriculum: the step it ends at, the sizes it draws from and how it trains.
 
-    ``rate`` scales all learning rates, ``vision_rate`` the vision tower's on top; ``naming`` weighs the naming loss;
+    ``rate`` scales all learning rates, ``vision_rate`` the vision tower's on top; ``naming`` and ``noticing``
+    weigh those losses;
     ``blind`` is how often questions see no context in one of the match layers; ``shares`` how often each task is asked.
     """
 
     until: int
     rows: int
     images: tuple[int, int]
+    pairs: tuple[int, int]
     facts: tuple[int, int]
     fillers: tuple[int, int]
     rate: float = 1.0
     vision_rate: float = 1.0
     naming: float = 0.0
+    noticing: float = 0.0
     blind: float = 0.0
-    shares: tuple[float, ...] = (0.2, 0.3, 0.2, 0.3)
+    shares: tuple[float, ...] = FOUR
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class Recipe:
     seed: int = 0
     vision_steps: int = 600
     vision_images: int = 128
-    steps: int = 830
+    steps: int = 1320
     vision_schedule: tuple[tuple[float, float], ...] = ((-1, 0.0), (29, 1.0), (420, 1.0), (600, 0.0))
     """The line of factors on the learning rates, by its corners (step, factor)."""
     schedule: tuple[tuple[float, float], ...] = (
@@ -68,6 +79,10 @@ class Recipe:
         (700, 20 / 216),
         (715, 0.6),
         (830, 0.0),
+        (831, 0.02),
+        (850, 0.8),
+        (1120, 0.8),
+        (1320, 0.01),
     )
     questions: int = 20
     second_turns: float = 0.2
@@ -79,13 +94,16 @@ class Recipe:
     validate_every: int = 100
     validation_prompts: int = 64
     levels: tuple[Level, ...] = (
-        Level(60, 20, (1, 2), (1, 4), (0, 1)),
-        Level(100, 16, (2, 5), (2, 6), (0, 2)),
-        Level(150, 16, (2, 5), (2, 6), (0, 2), rate=0.4),
-        Level(300, 12, (4, 10), (3, 8), (1, 3), rate=0.4),
-        Level(350, 12, (4, 10), (3, 8), (1, 3), rate=0.4, vision_rate=2.5, naming=0.3),
-        Level(700, 10, (6, 19), (4, 8), (1, 4), rate=0.4, vision_rate=2.5, naming=0.3),
-        Level(1_000_000, 10, (6, 19), (4, 8), (1, 4), rate=0.4, naming=0.3, blind=0.6),
+        Level(60, 20, (1, 2), (0, 0), (1, 4), (0, 1)),
+        Level(100, 16, (2, 5), (0, 0), (2, 6), (0, 2)),
+        Level(150, 16, (2, 5), (0, 0), (2, 6), (0, 2), rate=0.4),
+        Level(300, 12, (4, 10), (0, 0), (3, 8), (1, 3), rate=0.4),
+        Level(350, 12, (4, 10), (0, 0), (3, 8), (1, 3), rate=0.4, vision_rate=2.5, naming=0.3),
+        Level(700, 10, (6, 19), (0, 0), (4, 8), (1, 4), rate=0.4, vision_rate=2.5, naming=0.3),
+        Level(830, 10, (6, 19), (0, 0), (4, 8), (1, 4), rate=0.4, naming=0.3, blind=0.6),
+        Level(960, 8, (2, 5), (1, 4), (1, 4), (0, 2), rate=0.4, naming=0.3, noticing=0.5, shares=PAIRS_FIRST),
+        Level(1040, 8, (4, 10), (2, 6), (3, 8), (1, 4), rate=0.4, naming=0.3, noticing=0.5, shares=PAIRS_FIRST),
+        Level(1_000_000, 6, *FULL_SIZE, rate=0.4, naming=0.3, noticing=0.3, blind=0.35, shares=FIVE),
     )
 
 
@@ -150,7 +168,7 @@ class Trainer:
         rng = tasks.stream("train", "vision", self.step, self.recipe.seed)
         pictures: list[tasks.Picture] = []
         while len(pictures) < self.recipe.vision_images:
-            pictures += tasks.draw_scene(rng, "train", 8, 0, 0).pictures
+            pictures += tasks.draw_scene(rng, "train", images=8, pairs=0, facts=0, fillers=0).pictures
         embedded = visual_embeddings(self.model, patches(np.stack([picture.pixels for picture in pictures])))
         norms = embedded.norm(dim=-1)
         loss, logged = naming_loss(
@@ -162,7 +180,7 @@ class Trainer:
     def _text_loss(self) -> tuple[torch.Tensor, dict[str, float]]:
         step = self.step - self.recipe.vision_steps
         scenes, batch = self.batch(step)
-        logits, visual = self.packed.in_bf16(batch, self.packer.image_token, self._blind_layer(step))
+        logits, visual, noticed = self.packed.fast(batch, self.packer.image_token, self._blind_layer(step))
         self.tokens += batch.ids.numel()
         scored, asked = batch.targets[batch.targets >= 0], batch.asked[batch.targets >= 0]
         norms = visual.float().norm(dim=-1)
@@ -176,6 +194,10 @@ class Trainer:
             labels = object_labels([picture for scene in scenes for picture in scene.pictures])
             named, shares = naming_loss(visual.float(), labels, self.model.lm_head.weight.detach(), self.tokenizer)
             loss, logged = loss + weight * named, logged | shares
+        if weight := self._level(step).noticing:
+            table = self.model.lm_head.weight.detach()
+            missed, told = noticing_loss(noticed.float(), arrival_labels(scenes), table, self.tokenizer)
+            loss, logged = loss + weight * missed, logged | {"noticed": told}
         return loss, logged
 
     def _blind_layer(self, step: int) -> int | None:
@@ -191,10 +213,9 @@ class Trainer:
         recipe = self.recipe
         rng = tasks.stream("train", "packed", step, recipe.seed)
         level = self._level(step)
-        images, facts, fillers = (
-            int(rng.integers(low, high + 1)) for low, high in (level.images, level.facts, level.fillers)
-        )
-        scenes = [tasks.draw_scene(rng, "train", images, facts, fillers) for _ in range(level.rows)]
+        ranges = (level.images, level.pairs, level.facts, level.fillers)
+        images, pairs, facts, fillers = (int(rng.integers(low, high + 1)) for low, high in ranges)
+        scenes = [tasks.draw_scene(rng, "train", images, min(pairs, images), facts, fillers) for _ in range(level.rows)]
         rows = []
         for scene in scenes:
             turns = 1 + (rng.random(recipe.questions) < recipe.second_turns)
@@ -211,6 +232,22 @@ class Trainer:
         meta = {"step": str(self.step), "tokens": str(self.tokens)}
         save_file({name: value.detach().contiguous() for name, value in tensors.items()}, part, metadata=meta)
         os.replace(part, path)
+
+    def load_weights(self, directory: Path, step: int) -> None:
+        """Take a checkpoint's weights, words by name, and go on at ``step`` with fresh optimisers.
+
+        Words that the checkpoint does not know keep their start.
+        """
+        loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
+        known, table = Qwen2Tokenizer.from_pretrained(directory).get_vocab(), loaded.get_input_embeddings().weight
+        own = self.tokenizer.get_vocab()
+        shared = sorted(known.keys() & own.keys())
+        weights = {name: value for name, value in loaded.named_parameters() if value is not table}
+        self.model.load_state_dict(weights, strict=False)
+        with torch.no_grad():
+            rows = self.model.get_input_embeddings().weight
+            rows[[own[word] for word in shared]] = table[[known[word] for word in shared]]
+        self.step = step
 
     def load_state(self, path: Path) -> None:
         """Continue from ``save_state``; training then goes on exactly as if it had not stopped."""
@@ -237,7 +274,7 @@ def validation_accuracy(trainer: Trainer, task: str) -> float:
         rows = [packer.row(scene, [[(tasks.TASKS.index(task), asked)]]) for scene, asked in drawn]
         batch = pack(rows, [scene for scene, _ in drawn], packer.pad_token)
         with torch.no_grad():
-            logits, _ = trainer.packed.in_bf16(batch, packer.image_token)
+            logits = trainer.packed.fast(batch, packer.image_token).logits
         scored = batch.targets >= 0
         wrong = torch.zeros_like(batch.targets, dtype=torch.bool)
         wrong[scored] = logits.argmax(-1) != batch.targets[scored]
@@ -289,6 +326,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "checkpoint", help="checkpoint directory")
     parser.add_argument("--state", type=Path, help="where to keep the training state (default: OUT.state.safetensors)")
     parser.add_argument("--resume", action="store_true", help="continue from the training state")
+    parser.add_argument("--start", type=Path, metavar="DIR", help="begin with the weights of this checkpoint")
+    parser.add_argument("--at", type=int, default=0, help="step to begin at, with --start")
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="steps after the vision stage")
     parser.add_argument("--vision-steps", type=int, default=Recipe.vision_steps)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
@@ -298,6 +337,8 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = Recipe(seed=options.seed, steps=options.steps, vision_steps=options.vision_steps)
     trainer = Trainer(recipe, build_tokenizer())
     state = options.state or options.out.with_name(options.out.name + ".state.safetensors")
+    if options.start is not None:
+        trainer.load_weights(options.start, options.at)
     if options.resume:
         trainer.load_state(state)
     run(trainer, options.out, state)

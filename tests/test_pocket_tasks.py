@@ -22,11 +22,13 @@ def test_same_arguments_give_the_same_sample(task: str) -> None:
 @pytest.mark.parametrize("task", tasks.TASKS)
 def test_no_content_is_shared_between_splits(task: str) -> None:
     seen = {
-        split: {pixels for i in range(200) for pixels in _fingerprint(tasks.sample(task, split, i, images=4))[2]}
+        split: {
+            pixels for i in range(200) for pixels in _fingerprint(tasks.sample(task, split, i, images=4, pairs=1))[2]
+        }
         for split in tasks.SPLITS
     }
-    assert all(len(pixels) == 800 for pixels in seen.values())
-    assert len(set().union(*seen.values())) == 800 * len(tasks.SPLITS)
+    assert all(len(pixels) == 1000 for pixels in seen.values())
+    assert len(set().union(*seen.values())) == 1000 * len(tasks.SPLITS)
 
 
 def test_samples_take_the_tasks_in_turn() -> None:
@@ -59,8 +61,15 @@ def test_answers_follow_from_the_scene_and_are_the_only_ones() -> None:
                     str(item.digit) for name, item in shown if item.digit is not None and question.endswith(f" {name}?")
                 ],
                 "find": [name for name, item in shown if question.endswith(f"{item.shape} which is {item.colour}?")],
+                "visual_change": [
+                    item.shape
+                    for pair in scene.pairs
+                    for item in pair.after.objects
+                    if question.endswith(f"change in image {pair.before.name}?")
+                    and item.shape not in {other.shape for other in pair.before.objects}
+                ],
             }
-            assert possible[task] == [answer]
+            assert set(possible[task]) == {answer}
 
 
 def test_no_split_sees_the_handwriting_of_another() -> None:
@@ -86,6 +95,8 @@ def test_messages_are_one_user_turn_that_ends_with_the_question() -> None:
         (("text_needle", "test", 0), {"images": 21}),
         (("text_needle", "test", 0), {"facts": 0}),
         (("colour_needle", "test", 0), {"images": 0}),
+        (("visual_change", "test", 0), {"pairs": 0}),
+        (("visual_change", "test", 0), {"images": 2, "pairs": 3}),
     ],
 )
 def test_what_cannot_be_drawn_is_an_input_error(arguments: tuple, sizes: dict) -> None:

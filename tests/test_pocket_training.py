@@ -19,7 +19,7 @@ SMALL = Recipe(
     steps=4,
     questions=3,
     second_turns=0.5,
-    levels=(Level(1_000_000, 2, (1, 2), (1, 2), (0, 1)),),
+    levels=(Level(1_000_000, 2, (1, 2), (0, 1), (1, 2), (0, 1)),),
 )
 
 
@@ -57,12 +57,12 @@ def test_packed_answers_equal_single_prompts_through_the_model_itself() -> None:
     trainer = Trainer(SMALL, build_tokenizer())
     packer, model = trainer.packer, trainer.model
     rng = tasks.stream("train", "any", 0)
-    scenes = [tasks.draw_scene(rng, "train", 3, 3, 1) for _ in range(2)]
+    scenes = [tasks.draw_scene(rng, "train", 2, 1, 3, 1) for _ in range(2)]
     shares = (1 / len(tasks.TASKS),) * len(tasks.TASKS)
     rows = [packer.row(scene, [draw_branch(scene, rng, shares, turns) for turns in (1, 2, 1)]) for scene in scenes]
     batch = pack(rows, scenes, packer.pad_token)
     with torch.no_grad():
-        packed, _ = trainer.packed(batch, packer.image_token)
+        packed = trainer.packed(batch, packer.image_token).logits
     found = []
     for row, scene in zip(rows, scenes, strict=True):
         images = [part["image"] for part in scene.content() if part["type"] == "image"]
@@ -85,9 +85,9 @@ def test_a_blind_layer_hides_the_context_from_questions_only() -> None:
     assert not lost[:, :4].any()
     assert not lost[:, :, 0].any()
     with torch.no_grad():
-        seeing, _ = trainer.packed(batch, trainer.packer.image_token)
-        blind, _ = trainer.packed(batch, trainer.packer.image_token, blind_layer=1)
-        again, _ = trainer.packed(batch, trainer.packer.image_token)
+        seeing = trainer.packed(batch, trainer.packer.image_token).logits
+        blind = trainer.packed(batch, trainer.packer.image_token, blind_layer=1).logits
+        again = trainer.packed(batch, trainer.packer.image_token).logits
     assert not torch.equal(seeing, blind)
     torch.testing.assert_close(seeing, again, rtol=0, atol=0)
 
