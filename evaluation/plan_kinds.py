@@ -58,6 +58,11 @@ def _changed(plan: Plan, kind: FlowKind, online: bool) -> Plan:
     for layer in plan.layers:
         flow = layer.flow(kind)
         mode = layer.mode if flow is None else decide_mode(flow, method.threshold)
-        changes = {"mode": "online" if online else mode, "curve": None, "budget": method.budget, "forced": False}
+        changes = {"mode": "online" if online else mode, "curve": None, "budget": method.budget}
+        changes |= {"forced": False, "choice": None}
         layers.append(layer.model_copy(update=changes))
-    return Plan.loads(plan.model_copy(update={"method": method, "layers": tuple(layers), "sensitivity": None}).dumps())
+    return Plan.loads(
+        plan.model_copy(
+            update={"method": method, "layers": tuple(layers), "sensitivity": None, "budget_rule": None}
+        ).dumps()
+    )

@@ -123,8 +123,13 @@ def _without(unit: Unit, finished: Mapping[Key, Row]) -> Unit:
 
 
 def identity_of(model: LoadedModel, plan: Plan) -> dict[str, str]:
-    """What measured rows depend on beside their key: weights, layer modes and budgets, flowmm's version."""
-    layers = json.dumps([[layer.mode, layer.budget, *filter(None, [layer.curve])] for layer in plan.layers])
+    """What measured rows depend on beside their key: weights, layer modes, budgets and choices, flowmm's version."""
+    layers = json.dumps(
+        [
+            [layer.mode, layer.budget, *filter(None, [layer.curve, layer.choice and str(layer.choice)])]
+            for layer in plan.layers
+        ]
+    )
     return {
         "model": model.fingerprint().model_dump_json(),
         "plan": hashlib.sha256(layers.encode()).hexdigest(),

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from flowmm.plans.fields import Count, Index, Name, NonNegative, Record, Sha256, Share, Source
+from flowmm.plans.fields import Count, Index, Name, NonNegative, Ratio, Record, Sha256, Share, Source
 
 # Another value of these is another model: a plan's layers would not be its layers.
 IDENTITY = (
@@ -102,10 +102,14 @@ class CalibrationFingerprint(Record):
 
 
 class SensitivityFingerprint(Record):
-    """How the layers' curves were measured: under which protocols, on how many of the calibration prompts."""
+    """How the layers' curves and choices were measured: under which protocols, on how many of the calibration prompts.
+
+    `budgets` are the totals at which the choices were measured; absent: none were.
+    """
 
     protocols: Annotated[tuple[Name, ...], Field(min_length=1, max_length=8)]
     n_samples: Count
+    budgets: Annotated[tuple[Ratio, ...], Field(min_length=1, max_length=64)] | None = None
 
 
 class Environment(Record):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from flowmm.plans.migrations import MAJOR
-from flowmm.plans.schema import Plan
+from flowmm.plans.schema import OPTIONAL, Plan
 
 SCHEMA_FILE = Path(__file__).with_name(f"plan-{MAJOR}.schema.json")
 
@@ -14,8 +14,8 @@ SCHEMA_FILE = Path(__file__).with_name(f"plan-{MAJOR}.schema.json")
 def schema_text() -> str:
     """JSON Schema (2020-12) generated from the pydantic model. Checks across fields are not part of it."""
     schema = Plan.model_json_schema(by_alias=True)
-    # Fields with a default in Python are required in a file; only `note` may be absent.
-    schema["required"] = [name for name in schema["properties"] if name != "note"]
+    # `schema` has a default in Python, but is required in a file.
+    schema["required"] = [name for name in schema["properties"] if name not in OPTIONAL]
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     return json.dumps(head | schema | {"title": "flowmm layer plan"}, indent=2, ensure_ascii=False) + "\n"
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from flowmm.errors import BudgetError
+from flowmm.plans.choices import LayerChoice
 from flowmm.plans.fields import Count, Index, NonNegative, Ratio, Record, Share, rounded
 from flowmm.plans.method import FlowKind
 
@@ -79,7 +80,8 @@ class LayerPlan(Record):
 
     `budget` is the ratio of the prompt's entries kept when a run asks for the plan's own total. `forced` marks a mode
     that a person chose against, or without, a measured rho. `curve` is what compressing this layer alone costs: (ratio
-    of entries kept, next-token KL against the full cache in nats), by rising ratio below 1.
+    of entries kept, next-token KL against the full cache in nats), by rising ratio below 1. `choice` holds parameters
+    that were measured to cost less in this layer than the method's.
     """
 
     index: Index
@@ -90,6 +92,7 @@ class LayerPlan(Record):
     estimates: FlowEstimates | None = None
     sinks: SinkStatistics | None = None
     curve: Annotated[tuple[CurvePoint, ...], Field(min_length=1, max_length=64)] | None = None
+    choice: LayerChoice | None = None
 
     @model_validator(mode="after")
     def _rising(self) -> Self:
@@ -97,6 +100,17 @@ class LayerPlan(Record):
         if ratios != sorted(set(ratios)) or 1.0 in ratios:
             raise ValueError("the ratios of a curve must rise and stay below 1")
         return self
+
+    @model_validator(mode="after")
+    def _mode_chosen(self) -> Self:
+        if self.choice is not None and self.choice.mode not in (None, self.mode):
+            raise ValueError("choice.mode must be the layer's mode")
+        return self
+
+    @property
+    def mode_was_measured(self) -> bool:
+        """Whether the mode is the one that cost less, whatever rho says."""
+        return self.choice is not None and self.choice.mode is not None
 
     def flow(self, kind: FlowKind) -> float | None:
         """Mean over prompts of the estimator `kind` (``method.rho_kind``); None where the plan does not hold it."""

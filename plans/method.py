@@ -30,6 +30,17 @@ MERGE_OPERATORS = (
 )
 
 
+def require_operator(name: str) -> str:
+    """`name`, if it is a merge operator.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if name not in MERGE_OPERATORS:
+        raise ValueError(f"{name!r}: expected one of {', '.join(MERGE_OPERATORS)}")
+    return name
+
+
 def parse_rule(rule: str, known: Mapping[str, bool | None]) -> tuple[str, float | None]:
     """Split ``name`` or ``name:number``; `known` says for each name whether it takes a number (``None``: may take one).
 
@@ -159,9 +170,7 @@ class MethodParameters(BaseModel):
     @field_validator("merge")
     @classmethod
     def _merge_operator(cls, name: str) -> str:
-        if name not in MERGE_OPERATORS:
-            raise ValueError(f"{name!r}: expected one of {', '.join(MERGE_OPERATORS)}")
-        return name
+        return require_operator(name)
 
     @property
     def needs_rotary(self) -> bool:

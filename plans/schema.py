@@ -14,7 +14,9 @@ from pydantic_core import PydanticCustomError
 
 from flowmm.errors import PlanMismatchError
 from flowmm.plans.allocation import allocate
+from flowmm.plans.budget_rules import BudgetRule
 from flowmm.plans.canonical import canonical_text
+from flowmm.plans.choices import LayerChoice, same_algorithm
 from flowmm.plans.fields import MAX_LAYERS, Name, Note, Record, Timestamp, rounded
 from flowmm.plans.files import read_text, write_atomic
 from flowmm.plans.fingerprint import (
@@ -24,7 +26,7 @@ from flowmm.plans.fingerprint import (
     ModelFingerprint,
     SensitivityFingerprint,
 )
-from flowmm.plans.layers import LayerPlan, RhoStatistics, decide_mode, scale_budgets
+from flowmm.plans.layers import LayerPlan, Mode, RhoStatistics, decide_mode, scale_budgets
 from flowmm.plans.method import MethodParameters
 from flowmm.plans.migrations import SCHEMA, upgraded
 from flowmm.plans.reading import dotted, format_error, parse
@@ -32,6 +34,8 @@ from flowmm.plans.reading import dotted, format_error, parse
 FLOWS_WITHOUT_MODES = ("off:any", "off:intra")
 # Where a layer keeps the estimate that decides; the other kinds are in `estimates`.
 FLOW_FIELDS = {"raw": "rho.mean", "lift": "rho.lift_mean"}
+# Members of the top object that are absent at their default.
+OPTIONAL = ("sensitivity", "budget_rule", "note")
 # Stored budgets are rounded, so their mean is only this close to the total.
 BUDGET_TOLERANCE = 1e-4
 
@@ -51,6 +55,7 @@ class Plan(Record):
     layers: Annotated[tuple[LayerPlan, ...], Field(max_length=MAX_LAYERS)]
     environment: Environment | None
     sensitivity: SensitivityFingerprint | None = None
+    budget_rule: BudgetRule | None = None
     note: Note = ""
 
     @field_validator("method")
@@ -83,7 +88,7 @@ class Plan(Record):
         return self
 
     def _mode_fits(self, layer: LayerPlan) -> None:
-        if layer.forced or layer.mode == "online":
+        if layer.forced or layer.mode == "online" or layer.mode_was_measured:
             return
         path, kind = ("layers", layer.index, "mode"), self.method.rho_kind
         flow, threshold = layer.flow(kind), self.method.threshold
@@ -129,6 +134,27 @@ class Plan(Record):
             return allocate(curves, ratio)
         return scale_budgets([layer.budget for layer in self.layers], ratio)
 
+    def layer_methods(self, method: MethodParameters) -> tuple[MethodParameters, ...]:
+        """Parameters of each layer in a run that asks for `method`.
+
+        The layers' choices were measured against the plan's method, so they apply where `method` compresses as that
+        one does, whatever its budget.
+        """
+        return tuple(method if choice is None else choice.applied_to(method) for choice in self._choices_for(method))
+
+    def layer_modes(self, method: MethodParameters) -> tuple[Mode, ...]:
+        """Mode of each layer in a run that asks for `method`: as planned, but by rho where a choice does not apply."""
+        return tuple(
+            layer.mode
+            if choice is not None or not layer.mode_was_measured
+            else decide_mode(layer.flow(self.method.rho_kind) or 0.0, self.method.threshold)
+            for layer, choice in zip(self.layers, self._choices_for(method), strict=True)
+        )
+
+    def _choices_for(self, method: MethodParameters) -> list[LayerChoice | None]:
+        applies = same_algorithm(method, self.method)
+        return [layer.choice if applies else None for layer in self.layers]
+
     def check_model(self, model: ModelFingerprint) -> list[Mismatch]:
         """Soft differences between the planned model and `model`, to warn about.
 
@@ -149,17 +175,19 @@ class Plan(Record):
         values = self.model_dump(mode="json", by_alias=True)
         for layer in values["layers"]:
             _leave_out_defaults(layer, LayerPlan)
+            if "choice" in layer:
+                _leave_out_defaults(layer["choice"], LayerChoice)
             if layer["rho"] is not None:
                 _leave_out_defaults(layer["rho"], RhoStatistics)
         if self.calibration is not None:
             _leave_out_defaults(values["calibration"], CalibrationFingerprint)
-        for values_of, name, default in (
-            (values, "note", ""),
-            (values, "sensitivity", None),
-            (values["method"], "rho_kind", "raw"),
-        ):
-            if values_of[name] == default:
-                del values_of[name]
+        if self.sensitivity is not None:
+            _leave_out_defaults(values["sensitivity"], SensitivityFingerprint)
+        for name in OPTIONAL:
+            if values[name] == type(self).model_fields[name].default:
+                del values[name]
+        if values["method"]["rho_kind"] == "raw":
+            del values["method"]["rho_kind"]
         return values
 
     def dumps(self) -> str:

@@ -41,6 +41,7 @@ class CompressionSettings:
         rho_rows: rows per modality sampled where rho is measured online.
         seed: of the row sample.
         recompress_every: entries beyond the budget at which a conversation is compressed again; ``None``: never.
+        layer_methods: options of each layer where they differ from `method`; empty: they differ in none.
     """
 
     method: MethodParameters
@@ -50,6 +51,11 @@ class CompressionSettings:
     rho_rows: int = 128
     seed: int = 0
     recompress_every: int | None = None
+    layer_methods: tuple[MethodParameters, ...] = ()
+
+    def method_of(self, layer: int) -> MethodParameters:
+        """Options of one layer."""
+        return self.layer_methods[layer] if self.layer_methods else self.method
 
     @property
     def measures_rho(self) -> bool:
@@ -407,7 +413,7 @@ class FlowCache(Cache):
     ) -> None:
         """Compress the prompt's entries of a layer; `query` ``[B, Hq, width, D]``."""
         settings, states, layout = self.settings, self.states[layer], prompt.layout
-        mode, method, counts = settings.modes[layer], settings.method, prompt.counts[layer]
+        mode, method, counts = settings.modes[layer], settings.method_of(layer), prompt.counts[layer]
         key, value = states.first_entries(prompt.width)
         rotary = None if self._rotary is None else self._rotary.first(prompt.width)
         rho = sampled_rho(query, key, layout, prompt.rho_rows, scaling) if settings.measures_rho else None

@@ -151,11 +151,12 @@ def _settings(
 ) -> CompressionSettings:
     return CompressionSettings(
         method=method,
-        modes=tuple(layer.mode for layer in plan.layers),
+        modes=plan.layer_modes(method),
         entries=planned_entries(plan.layer_budgets, budget),
         check=None if check is None else OnlineCheck(check, tuple(map(_planned_rho, plan.layers))),
         rho_rows=ROWS_THAT_DECIDE if any(layer.mode == "online" for layer in plan.layers) else ROWS_THAT_CHECK,
         recompress_every=recompress_every,
+        layer_methods=plan.layer_methods(method),
     )
 
 

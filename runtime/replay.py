@@ -122,12 +122,12 @@ class Prefill:
     def settings(self, plan: Plan, method: MethodParameters, budget: float) -> CompressionSettings:
         """What ``flowmm.compress`` would use for this prompt; an ``online`` layer's mode is decided here, once."""
         entries = planned_entries(plan.layer_budgets, budget)
-        return CompressionSettings(method, self.modes(plan, method.theta), entries)
+        return CompressionSettings(method, self.modes(plan, method), entries, layer_methods=plan.layer_methods(method))
 
-    def modes(self, plan: Plan, theta: float | None = None) -> tuple[Mode, ...]:
-        """Each layer's mode on this prompt; `theta` is the plan's unless another is asked for."""
-        threshold = plan.method.theta if theta is None else theta
-        return tuple(self._mode(layer.index, layer.mode, threshold) for layer in plan.layers)
+    def modes(self, plan: Plan, method: MethodParameters | None = None) -> tuple[Mode, ...]:
+        """Each layer's mode on this prompt; `method` is the plan's unless another is asked for."""
+        method = plan.method if method is None else method
+        return tuple(self._mode(layer, mode, method.theta) for layer, mode in enumerate(plan.layer_modes(method)))
 
     def cache(self, settings: CompressionSettings) -> FlowCache:
         """The cache that a run with these settings would have left behind."""
