@@ -168,9 +168,11 @@ class FlowCache(Cache):
     only flowmm's attention function sees.
     """
 
+    layer_type: type[FlowLayer] = FlowLayer
+
     def __init__(self, settings: CompressionSettings) -> None:
         # The same objects as `layers`, under the type that flowmm knows.
-        self.states = [FlowLayer() for _ in settings.modes]
+        self.states = [self.layer_type() for _ in settings.modes]
         super().__init__(layers=[*self.states])
         self.settings = settings
         self._forget()

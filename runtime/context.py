@@ -22,6 +22,7 @@ from flowmm.runtime.host import GenerateShadow, offsets_of, restore_offsets, sha
 from flowmm.runtime.online import CheckAction, OnlineCheck, PlannedRho
 from flowmm.runtime.report import RunReport, build_report
 from flowmm.runtime.saved import load_context, save_context
+from flowmm.runtime.static_cache import StaticFlowCache
 
 # Rows per modality that rho is sampled from: few where it is compared with a plan (about 1 % of a long prefill), more
 # where it decides a mode.
@@ -49,6 +50,7 @@ class Run:
         self._config = model.config
         self._shadow: GenerateShadow | None = None
         self._latest: FlowCache | None = None
+        self._static: StaticFlowCache | None = None
         # Hooks of two blocks on one model fire in every thread; each thread remembers whose call is under way.
         self._thread = threading.local()
 
@@ -58,6 +60,18 @@ class Run:
         Pass it again with a longer sequence of ids to continue the conversation. It works inside this run's block only.
         """
         return FlowCache(self.settings)
+
+    def static_cache(self, room: int) -> StaticFlowCache:
+        """This run's static cache, emptied, with room for `room` tokens after the next prompt.
+
+        There is one per run, so that its buffers, and graphs compiled for them, serve one prompt after another. It is
+        what ``generate(..., cache_implementation="static")`` uses.
+        """
+        if self._static is None:
+            self._static = StaticFlowCache(self.settings, room)
+        self._static.reset()
+        self._static.room = room
+        return self._static
 
     @property
     def cache(self) -> FlowCache:
@@ -105,8 +119,11 @@ class Run:
 
     def _flow_of(self, kwargs: dict[str, Any]) -> FlowCache | None:
         """The cache a forward call will fill, made here for a call without one; ``None``: another block's call."""
-        self._thread.cache = None
         cache = kwargs.get("past_key_values")
+        if isinstance(cache, StaticFlowCache) and cache.settled and kwargs.get("position_ids") is not None:
+            # Compiled code runs through here for every token and must find nothing to decide.
+            return cache if cache.settings is self.settings else None
+        self._thread.cache = None
         if isinstance(cache, FlowCache) and cache.settings is not self.settings:
             return None
         if cache is None and kwargs.get("use_cache") is not False:
@@ -131,12 +148,10 @@ class Run:
 
     def _note_offsets(self, kwargs: dict[str, Any]) -> None:
         """Keep the position offsets that a call without explicit positions left on the model."""
+        if kwargs.get("position_ids") is not None:
+            return
         cache = kwargs.get("past_key_values")
-        if (
-            isinstance(cache, FlowCache)
-            and cache is getattr(self._thread, "cache", None)
-            and kwargs.get("position_ids") is None
-        ):
+        if isinstance(cache, FlowCache) and cache is getattr(self._thread, "cache", None):
             cache.rope_deltas = offsets_of(self._model)
 
     def _see_rotary(self, cos: torch.Tensor, sin: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from flowmm.errors import InputError
 from flowmm.models import visual_mask
 from flowmm.runtime.cache import FlowCache
+from flowmm.runtime.static_cache import StaticFlowCache
 
 CACHE, POSITIONS, PREFILL = (
     "_prepare_cache_for_generation",
@@ -32,6 +33,10 @@ class OpenBlock(Protocol):
 
     def new_cache(self) -> FlowCache:
         """An empty cache."""
+        ...
+
+    def static_cache(self, room: int) -> StaticFlowCache:
+        """An empty static cache with room for so many tokens after the prompt."""
         ...
 
 
@@ -81,8 +86,17 @@ class GenerateShadow:
         """A flowmm cache where the caller passes none."""
         _refuse_unsupported(generation_config)
         if model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = self.block_of_this_thread().new_cache()
+            block = self.block_of_this_thread()
+            if generation_config.cache_implementation == "static":
+                # The host would make a static cache of its own.
+                generation_config.cache_implementation = None
+                made = block.static_cache(generation_config.max_length - self._call.length)
+            else:
+                made = block.new_cache()
+            model_kwargs["past_key_values"] = made
         cache = model_kwargs["past_key_values"]
+        if isinstance(cache, StaticFlowCache):
+            cache.ensure_room(generation_config.max_length - int(cache.get_seq_length()))
         if isinstance(cache, FlowCache):
             cache.rope_deltas = getattr(self._call, "offsets", None)
             if "assisted" in str(generation_mode).lower():
@@ -90,6 +104,11 @@ class GenerateShadow:
         return self._originals[CACHE](generation_config, model_kwargs, generation_mode, *args)
 
     def _expect_drafts(self, cache: FlowCache) -> None:
+        if isinstance(cache, StaticFlowCache):
+            raise InputError(
+                "assisted decoding (assistant_model, prompt_lookup_num_tokens) takes back drafted tokens, which a "
+                "static cache cannot; leave cache_implementation='static' out"
+            )
         if cache.settings.recompress_every is not None:
             raise InputError(
                 "assisted decoding (assistant_model, prompt_lookup_num_tokens) takes back drafted tokens, which "
@@ -111,12 +130,13 @@ class GenerateShadow:
         if chunked and isinstance(cache, FlowCache) and cache.get_seq_length() == 0:
             visual = visual_mask(self._model.config, input_ids)
             cache.announce_chunks(visual, valid_tokens(model_kwargs.get("attention_mask"), input_ids))
-        return self._originals[PREFILL](input_ids, generation_config, model_kwargs, *args, **kwargs)
+        with cache.prefill() if isinstance(cache, StaticFlowCache) else nullcontext():
+            return self._originals[PREFILL](input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 
 def _refuse_unsupported(generation_config: Any) -> None:
     refused = {
-        "cache_implementation": generation_config.cache_implementation not in (None, "dynamic"),
+        "cache_implementation": generation_config.cache_implementation not in (None, "dynamic", "static"),
         "use_cache=False": generation_config.use_cache is False,
     }
     for option, asked in refused.items():

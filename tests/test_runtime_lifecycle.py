@@ -159,7 +159,7 @@ def test_unsupported_attention_is_refused(model: Any, plan: Plan) -> None:
     [
         {"past_key_values": DynamicCache()},
         {"use_cache": False},
-        {"cache_implementation": "static"},
+        {"cache_implementation": "quantized"},
     ],
     ids=lambda options: next(iter(options)),
 )
