@@ -391,10 +391,11 @@ def _warnings_as_notes() -> Generator[None]:
 @click.option("--theta", type=click.FloatRange(0, 1), help="rho above theta: a cross-modal layer.  [default: 0.25]")
 @click.option(
     "--decide",
-    type=click.Choice(["theta", "lift"]),
+    type=click.Choice(["theta", "lift", "measured"]),
     default="theta",
     show_default=True,
-    help="A layer is cross-modal if rho exceeds theta, or if it exceeds that of uniform attention.",
+    help="A layer is cross-modal if rho exceeds theta, or if it exceeds that of uniform attention. measured: by theta, "
+    "but a layer takes another mode, merge operator, min_sim or tau where that clearly changes the next token less.",
 )
 @click.option(
     "--rho-kind",
@@ -414,9 +415,9 @@ def _warnings_as_notes() -> Generator[None]:
 )
 @click.option(
     "--layer-budgets",
-    type=click.Choice(["uniform", "measured"]),
-    help="measured: entries go to the layers whose compression changes the next token most.  [default: measured; "
-    "uniform for --data -]",
+    type=click.Choice(["uniform", "pyramid", "entropy", "variance", "measured"]),
+    help="measured: entries go to the layers whose compression changes the next token most; the others are rules of "
+    "PyramidKV, MEDA and D2O, to compare with.  [default: measured; uniform for --data -]",
 )
 @click.option(
     "--protocol",
@@ -430,7 +431,7 @@ def _warnings_as_notes() -> Generator[None]:
     type=click.IntRange(min=1),
     default=32,
     show_default=True,
-    help="Prompts that measured layer budgets are taken from.",
+    help="Prompts that measured layer budgets and decisions, and those by entropy or variance, are taken from.",
 )
 @click.option("--sample-rows", type=click.IntRange(min=2), help="Also record rho from so many rows per modality.")
 @click.option("--dry-run", is_flag=True, help="Say what this would cost, from a few prompts, and write nothing.")
@@ -473,10 +474,12 @@ def profile(
     import json
     import time
 
-    if layer_budgets == "measured" and "-" in data:
-        raise click.UsageError("--layer-budgets measured reads the prompts twice, and stdin can be read once")
+    layer_budgets = layer_budgets or ("uniform" if "-" in data else "measured")
+    if "-" in data and (decide == "measured" or layer_budgets not in ("uniform", "pyramid")):
+        option = "--decide measured" if decide == "measured" else f"--layer-budgets {layer_budgets}"
+        raise click.UsageError(f"{option} reads the prompts twice, and stdin can be read once")
     if decide == "lift" and rho_kind is not None:
-        raise click.UsageError("--decide lift compares with uniform attention; --rho-kind goes with --decide theta")
+        raise click.UsageError("--decide lift compares with uniform attention; --rho-kind goes with --decide theta or measured")
     start = time.monotonic()
     out = _plan_target(out, model, overwrite or dry_run)
     method = _method(preset, theta=theta, budget=budget, rho_kind="lift" if decide == "lift" else rho_kind)
@@ -500,7 +503,8 @@ def profile(
     _calm_libraries()
     loaded = load_model(model, device=rank_device(device), **loading)
     if dry_run:
-        _show_forecast(loaded, samples, as_json)
+        measurements = _layer_measurements(layer_budgets, decide == "measured", protocol, sensitivity_prompts)
+        _show_forecast(loaded, samples, measurements, as_json)
         return
     records = records or out.with_suffix(".records.parquet")
     with shown_progress(quiet or not first) as progress:
@@ -520,8 +524,9 @@ def profile(
         )
     if not first:
         return
-    if layer_budgets != "uniform" and "-" not in data:
-        plan = _with_layer_budgets(loaded, plan, samples, protocol, sensitivity_prompts, quiet)
+    plan = _with_measured_layers(
+        loaded, plan, samples, layer_budgets, decide == "measured", protocol, sensitivity_prompts, quiet
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     plan.save(out)
     seconds = round(time.monotonic() - start, 3)
@@ -535,22 +540,42 @@ def profile(
         _note(f"wrote {out} from {count} prompts in {seconds:.1f} s")
 
 
-def _with_layer_budgets(loaded: Any, plan: Any, samples: Any, protocol: str, limit: int, quiet: bool) -> Any:
+def _protocols(protocol: str) -> tuple[str, ...]:
+    from flowmm.profiler.sensitivity import MIXED
+
+    return MIXED if protocol == "mixed" else (protocol,)
+
+
+def _with_measured_layers(
+    loaded: Any, plan: Any, samples: Any, rule: Any, choices: bool, protocol: str, limit: int, quiet: bool
+) -> Any:
+    """`plan` with its budget split among the layers by `rule`, and with the layers' own choices if asked for."""
+    from flowmm.plans.budget_rules import MEASURED_RULES
+    from flowmm.profiler.attention_statistics import measure_statistic, with_rule_budgets
+    from flowmm.profiler.decisions import measure_layers
     from flowmm.profiler.progress import shown_progress
-    from flowmm.profiler.sensitivity import MIXED, measure_sensitivity, with_measured_budgets
 
-    protocols = MIXED if protocol == "mixed" else (protocol,)
     with shown_progress(quiet, "measured layers on") as progress:
-        measured = measure_sensitivity(loaded, plan, samples, limit=limit, protocols=protocols, progress=progress)
-    return with_measured_budgets(plan, measured, protocols)
+        how = {"limit": limit, "progress": progress}
+        if rule != "measured":
+            statistic = measure_statistic(loaded, rule, samples, **how) if rule in MEASURED_RULES else None
+            plan = with_rule_budgets(plan, rule, statistic)
+        measured = {"budgets": rule == "measured", "choices": choices, "protocols": _protocols(protocol)}
+        return measure_layers(loaded, plan, samples, **measured, **how)
 
 
-def _show_forecast(loaded: Any, samples: Any, as_json: bool) -> None:
+def _layer_measurements(rule: str, choices: bool, protocol: str, limit: int) -> Any:
+    from flowmm.profiler.forecast import LayerMeasurements
+
+    return LayerMeasurements(prompts=limit, protocols=_protocols(protocol), budgets=rule == "measured", choices=choices)
+
+
+def _show_forecast(loaded: Any, samples: Any, measurements: Any, as_json: bool) -> None:
     import json
 
     from flowmm.profiler.forecast import forecast
 
-    expected = forecast(loaded, samples)
+    expected = forecast(loaded, samples, measurements)
     click.echo(json.dumps(expected.to_dict(), indent=2, ensure_ascii=False) if as_json else str(expected))
 
 
@@ -823,20 +848,21 @@ def _ratios(context: click.Context, parameter: click.Parameter, value: str) -> l
     "--methods",
     default="full,robust,paper,evict",
     show_default=True,
-    help="Presets, PRESET:field=value,..., merge=OPERATOR, or controls such as any_pivot, inverted, random_pivots.",
+    help="Presets, PRESET:field=value,..., merge=OPERATOR, or controls such as any_pivot; 'controls' and 'presets' "
+    "stand for all of a kind.",
 )
 @click.option("--budgets", callback=_ratios, default="0.2", show_default=True, help="Ratios, such as 0.02,0.1,20%.")
 @click.option(
     "--protocols",
     default="",
     callback=_kinds,
-    help="Of aware, blind, second.  [default: aware,blind; aware with --data]",
+    help="Of aware, blind, second.  [default: all; aware with --data]",
 )
 @click.option("--tasks", callback=_kinds, default="", help="Tasks of the suite.  [default: all]")
 @click.option("--n", type=click.IntRange(min=1), default=100, show_default=True, help="Cases per task, or prompts.")
 @click.option("--split", type=click.Choice(["validation", "test"]), default="test", show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--versus", help="Another of the methods, to be compared with at each budget.")
+@click.option("--reference", help="One of the methods: compare it with each other one, case by case.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Keep rows, tables and curves there.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Use rows that an earlier run left in OUT.")
 @click.option(
@@ -857,16 +883,14 @@ def evaluation(**options: Any) -> None:
     import json
 
     from flowmm.evaluation.command import run_evaluation
-    from flowmm.evaluation.report import as_json as json_of
-    from flowmm.evaluation.tables import text_table
 
     _calm_libraries()
     wants_json = options.pop("as_json")
-    rows, described = run_evaluation(**options, note=_note)
+    results, described = run_evaluation(**options, note=_note)
     if wants_json:
-        click.echo(json.dumps(json_of(rows) | described, indent=2, ensure_ascii=False))
+        click.echo(json.dumps(results.as_json() | described, indent=2, ensure_ascii=False))
     else:
-        click.echo(text_table(rows), nl=False)
+        click.echo(results.as_text(), nl=False)
 
 
 @cli.command()

@@ -9,13 +9,15 @@ from typing import Any
 
 import flowmm
 from flowmm.errors import InputError
+from flowmm.evaluation.leads import compare_with_reference
 from flowmm.evaluation.methods import parse_methods
 from flowmm.evaluation.progress import ProgressLine
+from flowmm.evaluation.protocols import PROTOCOLS, conversations
 from flowmm.evaluation.records import RowStore
-from flowmm.evaluation.report import write_report
+from flowmm.evaluation.report import Results, write_report
 from flowmm.evaluation.runner import Grid, evaluate, identity_of, measuring_here
-from flowmm.evaluation.suite import SUITES, unlabelled_cases
-from flowmm.evaluation.summary import SummaryRow, summarise
+from flowmm.evaluation.suite import SUITES, Case, unlabelled_cases
+from flowmm.evaluation.summary import summarise
 from flowmm.evaluation.workers import measuring_in_processes
 from flowmm.models import LoadedModel, load_model
 from flowmm.plans import Plan, resolve_plan, shipped_names, unprofiled_plan
@@ -36,7 +38,7 @@ def run_evaluation(
     n: int,
     split: str,
     seed: int,
-    versus: str | None,
+    reference: str | None,
     out: Path | None,
     resume: bool,
     device: str,
@@ -44,14 +46,14 @@ def run_evaluation(
     workers: int,
     note: Callable[[str], None],
     quiet: bool = False,
-) -> tuple[list[SummaryRow], dict[str, Any]]:
+) -> tuple[Results, dict[str, Any]]:
     """Measure a grid; options as in ``flowmm eval --help``.
 
     Args:
         note: receives one-line messages for people.
 
     Returns:
-        Summary rows, and what was measured: suite, model, plan, number of rows, seconds.
+        The results, and what was measured: suite, model, plan, number of rows, seconds.
 
     Raises:
         FlowmmError: whatever loading, planning or measuring raises; see the functions called.
@@ -63,9 +65,9 @@ def run_evaluation(
     grid = Grid(
         methods=tuple(parse_methods(methods, chosen.method.theta)),
         budgets=tuple(budgets),
-        protocols=tuple(protocols) or (("aware",) if data else ("aware", "blind")),
+        protocols=tuple(protocols) or (("aware",) if data else tuple(PROTOCOLS)),
     )
-    _check_versus(versus, grid)
+    _check_fit(cases, grid, reference)
     store = None if out is None else _store(out, loaded, chosen, resume)
     progress = None if quiet else ProgressLine("measured")
     if workers > 1:
@@ -73,9 +75,9 @@ def run_evaluation(
     else:
         measure = measuring_here(loaded, chosen)
     rows = evaluate(measure, cases, grid, store=store, progress=progress)
-    summary = summarise(rows, versus)
+    results = Results(summarise(rows), [] if reference is None else compare_with_reference(rows, reference))
     if out is not None:
-        write_report(out, summary)
+        write_report(out, results)
         note(f"rows, tables and curves are in {out}")
     described = {
         "suite": cases[0].suite,
@@ -84,7 +86,7 @@ def run_evaluation(
         "measured_rows": len(rows),
         "seconds": round(time.monotonic() - start, 3),
     }
-    return summary, described
+    return results, described
 
 
 def _plan(name: str | None, model: LoadedModel, note: Callable[[str], None]) -> Plan:
@@ -101,10 +103,14 @@ def _plan(name: str | None, model: LoadedModel, note: Callable[[str], None]) -> 
     return plan
 
 
-def _check_versus(versus: str | None, grid: Grid) -> None:
+def _check_fit(cases: Sequence[Case], grid: Grid, reference: str | None) -> None:
+    """Refuse what cannot be measured or compared before hours are spent on the rest."""
     names = [method.name for method in grid.methods]
-    if versus is not None and versus not in names:
-        raise InputError(f"versus {versus!r}: expected one of the measured methods, {', '.join(names)}")
+    if reference is not None and (reference not in names or len(names) < 2):
+        raise InputError(f"reference {reference!r}: expected one of several measured methods, found {', '.join(names)}")
+    for case in cases:
+        for protocol in grid.protocols:
+            conversations(case, protocol)
 
 
 def _store(out: Path, model: LoadedModel, plan: Plan, resume: bool) -> RowStore:

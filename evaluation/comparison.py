@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -15,7 +16,7 @@ ALL = "all"
 """The mean over protocols, as a protocol."""
 
 Outcomes = dict[tuple[str, int, int], float]
-"""Share of right answers by case: (task, seed, index). Under :data:`ALL`, a case's mean over the protocols."""
+"""A value by case: (task, seed, index). Under :data:`ALL`, a case's mean over the protocols."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,15 @@ def _counterpart(cells: Cells, budget: float, protocol: str) -> list[Row]:
     return cells.get((budget, protocol)) or cells.get((1.0, protocol), [])
 
 
-def outcomes(rows: Iterable[Row]) -> Outcomes:
-    """Share of right answers of every case in `rows`, over its protocols."""
-    answers: dict[tuple[str, int, int], list[bool]] = defaultdict(list)
+def outcomes(rows: Iterable[Row], quantity: Literal["accuracy", "kl"] = "accuracy") -> Outcomes:
+    """Share of right answers, or mean KL, of every case in `rows`, over its protocols."""
+    values: dict[tuple[str, int, int], list[float]] = defaultdict(list)
     for row in rows:
-        answers[row.task, row.seed, row.index].append(bool(row.correct))
-    return {case: float(np.mean(right)) for case, right in answers.items()}
+        values[row.task, row.seed, row.index].append(row.kl if quantity == "kl" else float(bool(row.correct)))
+    return {case: float(np.mean(found)) for case, found in values.items()}
 
 
-def _groups(values: Outcomes) -> list[np.ndarray]:
+def groups_by_task(values: Outcomes) -> list[np.ndarray]:
     """Values by task."""
     tasks: dict[str, list[float]] = defaultdict(list)
     for (task, _, _), value in sorted(values.items()):
@@ -113,15 +114,15 @@ def _line(
     variant: str, budget: float, protocol: str, rows: Sequence[Row], reference: str, others: Sequence[Row]
 ) -> Line:
     own, other = outcomes(rows), outcomes(others)
-    low, high = accuracy_interval(_groups(own))
+    low, high = accuracy_interval(groups_by_task(own))
     shared = {case: own[case] - other[case] for case in own if case in other}
-    difference, interval = _difference(_groups(shared))
+    difference, interval = _difference(groups_by_task(shared))
     return Line(
         variant=variant,
         budget=budget,
         protocol=protocol,
         n=len(own),
-        accuracy=mean_of_groups(_groups(own)),
+        accuracy=mean_of_groups(groups_by_task(own)),
         low=low,
         high=high,
         reference=reference,

@@ -26,30 +26,35 @@ def test_default_grid_as_json(checkpoint: str, capsys: pytest.CaptureFixture[str
     result = json.loads(output.out)
     rows = result["rows"]
     assert {row["method"] for row in rows} == {"full", "robust", "paper", "evict"}
-    assert {row["protocol"] for row in rows} == {"aware", "blind"}
+    assert {row["protocol"] for row in rows} == {"aware", "blind", "second"}
     assert {row["task"] for row in rows} == {"text_needle", "find", "average"}
     assert {(row["method"] == "full", row["budget"]) for row in rows} == {(True, 1.0), (False, 0.2)}
     assert result["plan"] == "unprofiled"
     assert "decides its mode per prompt" in output.err
-    assert "measured 4/4" in output.err
+    assert "measured 6/6" in output.err
 
 
 def test_results_in_a_directory_are_used_again(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "runs" / "first"
-    command = grid(checkpoint, "--budgets", "0.1,20%", "--protocols", "second", "--out", str(out), "--versus", "evict")
+    command = grid(
+        checkpoint, "--budgets", "0.1,20%", "--protocols", "second", "--out", str(out), "--reference", "evict"
+    )
     assert main(command) == 0
     first = capsys.readouterr().out
-    assert first == (out / "table.txt").read_text(encoding="utf-8")
-    files = {"rows.parquet", "summary.json", "table.txt", "table.csv", "table.md", "curves.svg"}
+    assert first == "\n".join((out / f"{name}.txt").read_text(encoding="utf-8") for name in ("table", "leads"))
+    files = {"rows.parquet", "summary.json", "curves.svg"}
+    files |= {f"{name}.{kind}" for name in ("table", "leads") for kind in ("txt", "csv", "md")}
     assert {path.name for path in out.iterdir()} == files
     before = (out / "rows.parquet").stat().st_mtime_ns
     assert main([*command, "-q"]) == 0
     assert capsys.readouterr().out == first
     assert (out / "rows.parquet").stat().st_mtime_ns >= before
-    flat = json.loads((out / "summary.json").read_text(encoding="utf-8"))["rows"][-1]
-    assert (flat["method"], flat["other"], flat["difference_to_other"]) == ("evict", "evict", 0.0)
+    leads = json.loads((out / "summary.json").read_text(encoding="utf-8"))["leads"]
+    assert {(lead["reference"], lead["method"]) for lead in leads} == {
+        ("evict", other) for other in ("full", "robust", "paper")
+    }
 
 
 def test_fidelity_on_prompts_without_answers(
@@ -65,7 +70,11 @@ def test_fidelity_on_prompts_without_answers(
     whole = [row for row in rows if row["budget"] == 1.0]
     assert len(whole) == 4
     assert all(row["kl"] < 1e-6 and row["agreement"] == 1.0 for row in whole)
+    assert all(max(row["attention_error"]) < 1e-6 for row in whole)
     assert all(row["kl"] > 1e-3 for row in rows if row["budget"] == 0.2)
+    assert all(min(row["attention_error"]) > 1e-3 for row in rows if row["budget"] == 0.2)
+    assert main(["eval", "--model", checkpoint, "--data", str(data), "--protocols", "blind", "-q"]) == 2
+    assert "in front of it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -76,7 +85,7 @@ def test_fidelity_on_prompts_without_answers(
         (["--budgets", "64"], "ratios"),
         (["--budgets", "often"], "often"),
         (["--tasks", "chess"], "chess"),
-        (["--versus", "mass"], "mass"),
+        (["--reference", "mass"], "mass"),
         (["--plan", "nowhere.json"], "nowhere.json"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     ],

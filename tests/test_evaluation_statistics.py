@@ -98,7 +98,7 @@ def test_summary_pairs_by_case_and_averages_over_tasks() -> None:
     rows = [row("full", "a", i, True, budget=1.0) for i in range(4)]
     rows += [row("full", "b", i, i < 1, budget=1.0) for i in range(2)]
     rows += [row("robust", "a", i, i < 2) for i in range(4)] + [row("robust", "b", i, i < 2) for i in range(2)]
-    lines = summarise(reversed(rows), versus="full")
+    lines = summarise(reversed(rows))
     per_task, average = find(lines, "robust", "a"), find(lines, "robust", AVERAGE)
     assert per_task.accuracy == 0.5
     assert per_task.to_full is not None
@@ -107,15 +107,13 @@ def test_summary_pairs_by_case_and_averages_over_tasks() -> None:
     assert average.accuracy == 0.75
     assert average.to_full is not None
     assert average.to_full.mean == pytest.approx((-0.5 + 0.5) / 2)
-    assert average.to_other == average.to_full
     assert find(lines, "full", AVERAGE).to_full is None
 
 
-def test_summary_compares_at_the_same_budget() -> None:
-    rows = [row("robust", "a", 0, True, budget) for budget in (0.1, 0.2)]
-    rows += [row("evict", "a", 0, budget == 0.2, budget) for budget in (0.1, 0.2)]
-    changes = {line.budget: line.to_other for line in summarise(rows, versus="evict") if line.method == "robust"}
-    assert {budget: change.mean for budget, change in changes.items() if change} == {0.1: 1.0, 0.2: 0.0}
+def test_summary_averages_attention_errors_layer_by_layer() -> None:
+    rows = [replace(row("robust", "fidelity", i, None), attention_error=(0.1 * i, 1.0)) for i in range(3)]
+    (line,) = summarise(rows)
+    assert line.attention_error == pytest.approx((0.1, 1.0))
 
 
 def test_summary_without_labels_has_no_accuracy() -> None:

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 from test_evaluation_statistics import row
 
 from flowmm.evaluation.curves import budget_curves
-from flowmm.evaluation.report import write_report
+from flowmm.evaluation.leads import compare_with_reference
+from flowmm.evaluation.report import Results, write_report
 from flowmm.evaluation.summary import SummaryRow, summarise
-from flowmm.evaluation.tables import HEADER, csv_table, markdown_table, text_table
+from flowmm.evaluation.tables import (
+    HEADER,
+    LEAD_HEADER,
+    csv_table,
+    lead_markdown,
+    lead_text,
+    markdown_table,
+    text_table,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -33,13 +43,14 @@ def test_text_table_is_aligned() -> None:
     lines = text_table(summary()).splitlines()
     assert len(lines) == 1 + 5 * 3
     assert lines[0].split()[:4] == list(HEADER[:4])
+    assert "attention error" not in lines[0]
     assert len({len(line) for line in lines}) == 1
     assert "50.0 [" in lines[4]
 
 
 def test_markdown_table_marks_averages() -> None:
     lines = markdown_table(summary()).splitlines()
-    assert {line.count("|") for line in lines} == {len(HEADER) + 1}
+    assert {line.count("|") for line in lines} == {len(HEADER)}, "without the attention error, which labelled rows lack"
     assert sum("**average**" in line for line in lines) == 5
 
 
@@ -64,8 +75,31 @@ def test_curves_without_labels_show_the_divergence() -> None:
     assert any("KL" in (text.text or "") for text in root.iter(f"{SVG}text"))
 
 
+def test_tables_of_prompts_without_labels_show_the_attention_error() -> None:
+    lines = summarise([replace(row("robust", "fidelity", 0, None), attention_error=(0.1, 0.3))])
+    assert text_table(lines).splitlines()[0].split()[-4:] == ["attention", "error", "kept", "KiB"]
+    assert "0.200" in text_table(lines).splitlines()[1]
+    (flat,) = csv.DictReader(io.StringIO(csv_table(lines)))
+    assert (flat["attention_error_layer_0"], flat["attention_error_layer_1"]) == ("0.1", "0.3")
+    assert "accuracy" not in text_table(lines)
+
+
+def test_comparison_tables_have_a_line_per_method_and_budget() -> None:
+    rows = [
+        replace(row(method, "a", i, method == "ours"), digest=method) for method in ("ours", "theirs") for i in range(4)
+    ]
+    leads = compare_with_reference(rows, "ours")
+    (line,) = lead_text(leads).splitlines()[1:]
+    assert "100.0 %" in line
+    assert "+100.0 [+100.0, +100.0]" in line
+    assert line.endswith("ahead")
+    assert lead_markdown(leads).splitlines()[2].count("|") == len(LEAD_HEADER) + 1
+    (flat,) = csv.DictReader(io.StringIO(csv_table(leads)))
+    assert (flat["difference"], flat["ci95_low"], flat["verdict"]) == ("1.0", "1.0", "ahead")
+
+
 def test_report_files(tmp_path: Path) -> None:
-    write_report(tmp_path, summary())
+    write_report(tmp_path, Results(summary()))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "curves.svg",
         "summary.json",
