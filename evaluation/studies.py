@@ -13,7 +13,6 @@ from flowmm.evaluation.methods import FULL
 from flowmm.evaluation.protocols import PROTOCOLS
 
 BUDGETS = (0.2, 0.1, 0.05, 0.02)
-TWO = (0.2, 0.05)
 THETAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 
 
@@ -70,7 +69,6 @@ STUDIES = {
                 Block(("robust:merge=evict", "robust", *(f"robust:merge={name}" for name in _OPERATORS))),
                 Block(("paper:merge=evict", "paper:gate=false", "paper:merge=tangent,gate=false")),
             ),
-            TWO,
         ),
         Study(
             "selector",
@@ -82,7 +80,6 @@ STUDIES = {
                     "robust:merge=evict", *(f"selector={name}" for name in ("proxy", "kcenter", "random", "uniform"))
                 ),
             ),
-            TWO,
         ),
         Study(
             "tau_gate",
@@ -99,7 +96,6 @@ STUDIES = {
                 ),
                 around("robust", "gate=true", "gate=true,gate_action=drop", "gate=true,tau=pivot_quantile:0.5"),
             ),
-            TWO,
         ),
         Study(
             "proxies",
@@ -116,7 +112,6 @@ STUDIES = {
                     "keep_proxies=false",
                 ),
             ),
-            TWO,
         ),
         Study(
             "theta",
@@ -129,49 +124,42 @@ STUDIES = {
                 Block(("robust:any_pivot", "robust", "robust:intra_only", "robust@by_lift")),
                 Block(("paper:any_pivot", *(f"paper:theta={theta}@online" for theta in THETAS))),
             ),
-            TWO,
         ),
         Study(
             "cross_scope",
             "Cross scope",
             "Does a cross-modal layer merge into any pivot, or only into pivots of the other modality?",
             (around("paper", "strict_cross"), around("robust", "strict_cross")),
-            TWO,
         ),
         Study(
             "sinks",
             "Window and sinks",
             "How many first entries and how long a recent window are kept in any case, inside the budget?",
             (around("robust", "n_sink=0", "n_sink=4", "nothing_forced", "proxies=last:16"),),
-            TWO,
         ),
         Study(
             "floors",
             "Modality floor and image quota",
             "Should each modality, or each image, be sure of a share of the entries?",
             (around("robust", "modality_floor=0.1", "modality_floor=0.25", "image_quota=0.5", "image_quota=1.0"),),
-            TWO,
         ),
         Study(
             "key_space",
             "Key space",
             "Are keys compared and merged as cached, or with the rotation by position undone?",
             (around("robust", "key_space=match_pre_rope", "key_space=pre_rope"),),
-            TWO,
         ),
         Study(
             "min_sim",
             "Similarity floor",
             "Below which cosine is an entry evicted rather than merged?",
             (around("robust", "min_sim=-1", "min_sim=0.3", "min_sim=0.65", "min_sim=0.8"),),
-            TWO,
         ),
         Study(
             "mass_source",
             "Mass source",
             "Which rows' attention weighs the entries of a merge?",
             (around("robust", "mass=proxy", "mass=column_mean:16", "mass=column_mean"),),
-            TWO,
         ),
         Study(
             "layer_budgets",
