@@ -21,6 +21,7 @@ from flowmm.runtime.growing import Growing
 from flowmm.runtime.layer import FlowLayer
 from flowmm.runtime.online import OnlineCheck
 from flowmm.runtime.prompt import PromptLayout, Proxies, find_proxies
+from flowmm.runtime.recompression import Conversation, recompress_layer, remembered_queries
 from flowmm.runtime.report import LayerRecord, PrefillRecord
 from flowmm.runtime.rotary import Rotary
 from flowmm.runtime.shared import Shared
@@ -40,8 +41,9 @@ class CompressionSettings:
         check: online comparison of rho with the plan, or ``None``.
         rho_rows: rows per modality sampled where rho is measured online.
         seed: of the row sample.
-        recompress_every: entries beyond the budget at which a conversation is compressed again; ``None``: never.
+        recompress_every: tokens after which a conversation is compressed again to its budget; ``None``: never.
         layer_methods: options of each layer where they differ from `method`; empty: they differ in none.
+        visual_ids: tokens that stand for visual features.
     """
 
     method: MethodParameters
@@ -52,6 +54,7 @@ class CompressionSettings:
     seed: int = 0
     recompress_every: int | None = None
     layer_methods: tuple[MethodParameters, ...] = ()
+    visual_ids: tuple[int, ...] = ()
 
     def method_of(self, layer: int) -> MethodParameters:
         """Options of one layer."""
@@ -88,7 +91,8 @@ class RememberedRows:
         wanted[proxies.index.flatten()] = True
         for index, _ in rho_rows if settings.measures_rho else ():
             wanted[index.flatten()] = True
-        if "column_mean" in settings.method.selector + settings.method.mass:
+        methods = (settings.method, *settings.layer_methods)
+        if any("column_mean" in method.selector + method.mass for method in methods):
             wanted[:] = True
         return cls(tuple(wanted.nonzero().flatten().tolist()), tuple([] for _ in settings.modes))
 
@@ -149,9 +153,10 @@ class Prompt:
             layout=layout,
             proxies=proxies,
             counts=counts,
-            whole=all(layer == layout.lengths for layer in counts),
+            # What is compressed again later must not depend on the host's masks.
+            whole=settings.recompress_every is None and all(layer == layout.lengths for layer in counts),
             rho_rows=rho_rows,
-            record=PrefillRecord(lengths=layout.lengths, layers=[], findings=[]),
+            record=PrefillRecord(layout.lengths, layers=[], findings=[], recompressions=[0] * len(settings.modes)),
             rows=RememberedRows.of(layout, proxies, rho_rows, settings) if in_chunks else None,
         )
 
@@ -339,7 +344,7 @@ class FlowCache(Cache):
 
     def see_rotary(self, cos: Tensor, sin: Tensor, sections: list[int]) -> None:
         """Take note of the rotary embedding of the tokens about to be fed, see :meth:`Rotary.from_host`."""
-        if self._open_rows(self.get_seq_length()) == 0:
+        if self._open_rows(self.get_seq_length()) == 0 and self.settings.recompress_every is None:
             return
         part = Rotary.from_host(cos, sin, sections)
         self._rotary = part if self._rotary is None else self._rotary.followed_by(part)
@@ -379,6 +384,8 @@ class FlowCache(Cache):
             )
         if prompt is not None and rows:
             self._finish_rows(layer, prompt, query[:, :, :rows], start, scaling)
+        if rows == 0 and prompt is not None and self.settings.recompress_every is not None:
+            self._compress_again(layer, prompt, query, scaling)
         if 0 < rows < new and not whole:
             output = self._with_drafts(output[0], query[:, :, rows:], states, scaling), None
         if layer == len(self.states) - 1:
@@ -402,7 +409,8 @@ class FlowCache(Cache):
         self._compress(layer, prompt, query, scaling)
         if layer < len(self.states) - 1:
             return
-        self._rotary = None
+        if self.settings.recompress_every is None:
+            self._rotary = None
         if self.settings.check is not None:
             findings = self.settings.check.compare(prompt.record.layers, prompt.layout.mixed.tolist())
             prompt.record.findings.extend(findings)
@@ -432,3 +440,27 @@ class FlowCache(Cache):
         bytes_after = states.bytes_per_entry * (prompt.width if compressed is None else max(counts))
         record = LayerRecord.of(layer, mode, cross, rho, counts, key.shape[1], compressed)
         prompt.record.layers.append(record.with_bytes(bytes_before, bytes_after))
+
+    @torch.no_grad()
+    def _compress_again(self, layer: int, prompt: Prompt, query: Tensor, scaling: float) -> None:
+        """Compress a layer to the budget of all its tokens when it is time; `query` ``[B, Hq, q, D]`` of the latest."""
+        settings, states, method = self.settings, self.states[layer], self.settings.method_of(layer)
+        states.remember_queries(query, remembered_queries(method))
+        # Counted in tokens, not in entries, so that every row of a batch is compressed when it would be on its own.
+        later = states.seen - (states.prompt_length or prompt.width)
+        if settings.recompress_every is None or later < settings.recompress_every or self.ids is None:
+            return
+        answered = states.seen - prompt.width
+        held = tuple(entries + later for entries in states.row_entries or prompt.counts[layer])
+        allowed = (settings.entries(length + answered)[layer] for length in prompt.layout.lengths)
+        counts = tuple(map(min, allowed, held))
+        if counts == held:
+            return
+        conversation = Conversation(
+            visual=torch.isin(self.ids.filled, torch.tensor(settings.visual_ids, device=query.device)),
+            cross=prompt.record.layers[layer].cross,
+            rotary=self._rotary,
+        )
+        recompress_layer(states, held, counts, conversation, method, scaling, layer)
+        states.row_entries = counts
+        prompt.record.recompressions[layer] += 1

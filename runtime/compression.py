@@ -102,6 +102,7 @@ def compress_layer(
     rotary: Rotary | None = None,
     layer: int = 0,
     shared: Shared | None = None,
+    bias: Tensor | None = None,
 ) -> CompressedLayer:
     """Compress the prompt's entries of one layer (eq. 5 and 8-10).
 
@@ -118,6 +119,7 @@ def compress_layer(
         layer: index, for random pivots.
         shared: of this layer of this prompt, for all its compressions; they take from each other what they have in
             common. Their tensors must not be changed in place.
+        bias: ``[B, Hkv, L]``, finite, logit bias of entries that absorbed others before.
     """
     # What tells modes apart must be read from the device; a compression on its own need not know.
     modes = () if shared is None else tuple(cross.tolist())
@@ -127,7 +129,7 @@ def compress_layer(
     def compress() -> CompressedLayer:
         importance = known.once(
             ("importance", method.proxies, method.gqa_reduce),
-            lambda: proxy_importance(query, key, proxies, layout.valid, scaling, method.gqa_reduce),
+            lambda: proxy_importance(query, key, proxies, layout.valid, scaling, method.gqa_reduce, bias),
         )
         kept = torch.tensor(counts, device=key.device)
         forced = forced_entries(layout, proxies, kept, method)
@@ -154,7 +156,7 @@ def compress_layer(
             ("assignment", counts, modes, _parameters(method, unused | _AFTER_MATCHING)),
             lambda: _assign(view, pivots, forced, counts, cross, proxies, method),
         )
-        return _compressed(view, value, counts, assignment, method)
+        return _compressed(view, value, counts, assignment, method, bias)
 
     return known.once(("compressed", counts, modes, _parameters(method, unused)), compress)
 
@@ -165,9 +167,17 @@ def _parameters(method: MethodParameters, unused: frozenset[str]) -> tuple[Any, 
 
 
 def _compressed(
-    view: LayerView, value: Tensor, counts: tuple[int, ...], assignment: Assignment, method: MethodParameters
+    view: LayerView,
+    value: Tensor,
+    counts: tuple[int, ...],
+    assignment: Assignment,
+    method: MethodParameters,
+    bias_before: Tensor | None,
 ) -> CompressedLayer:
     entries, pivots = _merge(view, value, assignment, method), assignment.pivots
+    if bias_before is not None:
+        carried = _carried_bias(view, bias_before, assignment, method)
+        entries = replace(entries, bias=carried if entries.bias is None else entries.bias + carried)
     if min(counts) < max(counts):
         bias = torch.zeros(pivots.index.shape, device=value.device) if entries.bias is None else entries.bias
         entries = replace(entries, bias=bias.masked_fill(~pivots.filled, float("-inf")))
@@ -193,12 +203,22 @@ def _assign(
     return assign(compared, layout.visual, view.importance, pivots, evicted, forced, cross, tau, method)
 
 
+def _masses(view: LayerView, method: MethodParameters) -> Tensor:
+    name, rows = parse_rule(method.mass, MASS_RULES)
+    return (
+        column_mean_score(view, rows) if name == "column_mean" and method.merge in MASS_OPERATORS else view.importance
+    )
+
+
+def _carried_bias(view: LayerView, bias: Tensor, assignment: Assignment, method: MethodParameters) -> Tensor:
+    """``[B, Hkv, N]``: biases merged with the weights of the keys, as a logit at the merged key would have them."""
+    column = bias[..., None].float()
+    return merge(method.merge, column, column, _masses(view, method), assignment).keys[..., 0]
+
+
 def _merge(view: LayerView, value: Tensor, assignment: Assignment, method: MethodParameters) -> MergedEntries:
     """Merge keys as cached, or in content space with each merged key turned to its pivot's position."""
-    masses = view.importance
-    name, rows = parse_rule(method.mass, MASS_RULES)
-    if name == "column_mean" and method.merge in MASS_OPERATORS:
-        masses = column_mean_score(view, rows)
+    masses = _masses(view, method)
     if method.key_space != "pre_rope" or view.rotary is None:
         return merge(method.merge, view.key, value, masses, assignment)
     entries = merge(method.merge, view.content, value, masses, assignment)

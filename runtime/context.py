@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from flowmm.errors import FlowmmError, InputError, UnsupportedModelError
 from flowmm.models import fingerprint_model, text_config, visual_mask
+from flowmm.models.visual import visual_token_ids
 from flowmm.plans import LayerPlan, MethodParameters, ModelFingerprint, Plan, resolve_plan
 from flowmm.runtime.attention import attached
 from flowmm.runtime.budgets import Budget, planned_entries, validate_budget
@@ -161,16 +163,13 @@ class Run:
             cache.see_rotary(cos, sin, rope.get("mrope_section", []))
 
 
-def _settings(
-    plan: Plan, method: MethodParameters, budget: Budget, check: CheckAction | None, recompress_every: int | None
-) -> CompressionSettings:
+def _settings(plan: Plan, method: MethodParameters, budget: Budget, check: CheckAction | None) -> CompressionSettings:
     return CompressionSettings(
         method=method,
         modes=plan.layer_modes(method),
         entries=planned_entries(plan.layer_budgets, budget),
         check=None if check is None else OnlineCheck(check, tuple(map(_planned_rho, plan.layers))),
         rho_rows=ROWS_THAT_DECIDE if any(layer.mode == "online" for layer in plan.layers) else ROWS_THAT_CHECK,
-        recompress_every=recompress_every,
         layer_methods=plan.layer_methods(method),
     )
 
@@ -219,9 +218,9 @@ def compress(
         budget: ratio of the prompt's entries kept (float in (0, 1]) or entries per layer (int); default: the plan's.
         method: a preset's name or full parameters instead of the plan's.
         check: compare each prompt's rho with the plan: ``"warn"``, ``"error"`` or ``"adapt"``.
-        recompress_every: compress a conversation again as soon as a layer holds so many entries more than the budget
-            allows for all of its tokens, so that long answers and later turns stay bounded; ``None``: what comes after
-            the prompt is kept whole.
+        recompress_every: compress a conversation again, to its budget for all of its tokens, whenever so many were
+            appended, so that long answers and later turns stay bounded; ``None``: what comes after the prompt is kept
+            whole.
 
     Yields:
         the :class:`Run`: ``run.report`` after generation, ``run.new_cache()`` for explicit ``past_key_values=``.
@@ -249,7 +248,12 @@ def compress(
             PlanFitWarning,
             stacklevel=3,
         )
-    run = Run(model, plan, _settings(plan, chosen, asked, check, recompress_every), fingerprint)
+    settings = replace(
+        _settings(plan, chosen, asked, check),
+        recompress_every=recompress_every,
+        visual_ids=visual_token_ids(model.config),
+    )
+    run = Run(model, plan, settings, fingerprint)
     see_rotary = run._see_rotary if chosen.needs_rotary else None
     with attached(model, run._flow_of, see_rotary, run._note_offsets), shadowed_generate(model, run) as shadow:
         run._shadow = shadow

@@ -12,7 +12,9 @@ from flowmm.runtime.prompt import PromptLayout, Proxies
 GqaReduce = Literal["mean", "max", "sum"]
 
 
-def rows_attention(query: Tensor, key: Tensor, rows: Tensor, valid: Tensor, scaling: float) -> Tensor:
+def rows_attention(
+    query: Tensor, key: Tensor, rows: Tensor, valid: Tensor, scaling: float, bias: Tensor | None = None
+) -> Tensor:
     """Causal softmax attention of chosen prompt rows, in fp32.
 
     Args:
@@ -21,6 +23,7 @@ def rows_attention(query: Tensor, key: Tensor, rows: Tensor, valid: Tensor, scal
         rows: ``[B, R]`` long, columns of the rows asked for.
         valid: ``[B, L]`` bool, False on padding.
         scaling: softmax scale, usually ``D ** -0.5``.
+        bias: ``[B, Hkv, L]``, finite, added to the logits.
 
     Returns:
         ``[B, Hkv, G, R, L]``, each row of a valid token sums to 1.
@@ -31,6 +34,8 @@ def rows_attention(query: Tensor, key: Tensor, rows: Tensor, valid: Tensor, scal
     folded = picked.reshape(batch, kv_heads, -1, dim)
     scores = (folded.float() @ key.float().transpose(-1, -2)).mul_(scaling)
     scores = scores.view(batch, kv_heads, -1, count, length)
+    if bias is not None:
+        scores += bias[:, :, None, None].float()
     columns = torch.arange(length, device=key.device)
     visible = (columns <= rows[..., None]) & valid[:, None, :]
     return scores.masked_fill_(~visible[:, None, None], float("-inf")).softmax(-1)
@@ -48,14 +53,20 @@ def reduce_group(per_query_head: Tensor, reduce: GqaReduce) -> Tensor:
 
 
 def proxy_importance(
-    query: Tensor, key: Tensor, proxies: Proxies, valid: Tensor, scaling: float, reduce: GqaReduce = "mean"
+    query: Tensor,
+    key: Tensor,
+    proxies: Proxies,
+    valid: Tensor,
+    scaling: float,
+    reduce: GqaReduce = "mean",
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention that each entry receives from the proxy rows, eq. 8: ``I[h, i] = sum_j A[h, j, i]``.
 
     Shapes as in :func:`rows_attention`. Returns ``[B, Hkv, L]`` fp32, 0 on padding; summed over a row of the prompt
     it equals the number of proxies (for ``mean``).
     """
-    attention = rows_attention(query, key, proxies.index, valid, scaling)
+    attention = rows_attention(query, key, proxies.index, valid, scaling, bias)
     counted = torch.where(proxies.used[:, None, None, :, None], attention, 0.0).sum(3)
     return torch.where(valid[:, None, :], reduce_group(counted, reduce), 0.0)
 

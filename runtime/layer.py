@@ -23,7 +23,9 @@ class FlowLayer(DynamicLayer):
 
     ``seen`` counts true tokens, the tensors hold fewer; masks and positions of the host library follow ``seen``.
     The bias has the dtype of the keys, because that is what attention adds it in; empty slots of a batch's shorter rows
-    hold -inf. ``positions`` ``[B, Hkv, N]`` are the columns of the compressed entries in the conversation.
+    hold -inf. ``positions`` ``[B, Hkv, N]`` are the columns of the compressed entries in the conversation, and
+    ``prompt_length`` counts the tokens that they stand for. ``recent`` ``[B, Hq, P, D]`` are queries of the latest
+    tokens, where they are remembered. ``row_entries`` are the entries of each row after it was compressed again.
     """
 
     def __init__(self) -> None:
@@ -38,6 +40,8 @@ class FlowLayer(DynamicLayer):
         self.prompt_length = 0
         self.bias = None
         self.positions: Tensor | None = None
+        self.recent: Tensor | None = None
+        self.row_entries: tuple[int, ...] | None = None
 
     @property
     def keys(self) -> Tensor | None:
@@ -108,6 +112,24 @@ class FlowLayer(DynamicLayer):
         self.positions, self.prompt_length = compressed.positions, length
         if keys.shape[ENTRIES] > length:
             self._append(keys[:, :, length:], values[:, :, length:])
+
+    def replace_all(self, entries: tuple[Tensor, Tensor, Tensor | None], positions: Tensor) -> None:
+        """Swap everything held for fewer entries (keys, values, bias) at `positions`."""
+        self.hold(*entries)
+        self.positions, self.prompt_length, self.recent = positions, self.seen, None
+
+    def all_positions(self) -> Tensor:
+        """``[B, Hkv, n]`` long: column of every entry held in the conversation (empty slots: any)."""
+        keys, _ = self.first_entries(self.kept)
+        batch, heads, held = keys.shape[:3]
+        merged = 0 if self.positions is None else self.positions.shape[ENTRIES]
+        later = torch.arange(self.seen - held + merged, self.seen, device=keys.device).expand(batch, heads, -1)
+        return later if self.positions is None else torch.cat([self.positions, later], dim=ENTRIES)
+
+    def remember_queries(self, query: Tensor, count: int) -> None:
+        """Keep the latest `count` of the queries seen since the last compression, those in `query` included."""
+        latest = query if self.recent is None else torch.cat([self.recent, query], dim=ENTRIES)
+        self.recent = latest[:, :, -count:]
 
     def replace_by_rows(self, layers: Sequence[FlowLayer]) -> None:
         """Hold the rows of several layers that saw equally many tokens; the shorter get empty slots at their end."""
@@ -180,6 +202,7 @@ class FlowLayer(DynamicLayer):
             if growing is not None:
                 growing.map_rows(pick)
         self.positions = None if self.positions is None else pick(self.positions)
+        self.recent = None if self.recent is None else pick(self.recent)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))

@@ -50,11 +50,15 @@ class LayerRecord:
 
 @dataclass
 class PrefillRecord:
-    """Everything kept about one prefill; holds no keys or values."""
+    """Everything kept about one prefill; holds no keys or values.
+
+    ``recompressions`` counts, per layer, how often the conversation was compressed again since.
+    """
 
     lengths: tuple[int, ...]
     layers: list[LayerRecord]
     findings: list[str]
+    recompressions: list[int]
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,8 @@ class RunReport:
     """What happened to one prompt (or batch of prompts) in its prefill.
 
     ``full_tokens`` is the prompt's length summed over rows; ``kept_tokens`` the mean over layers of what was kept.
-    ``findings`` lists every layer whose online rho left the plan.
+    ``findings`` lists every layer whose online rho left the plan. ``recompressions`` says how often each layer was
+    compressed again after the prefill, which the other numbers do not describe.
     """
 
     full_tokens: int
@@ -95,6 +100,7 @@ class RunReport:
     bytes_after: int
     layers: list[LayerReport]
     findings: list[str]
+    recompressions: list[int]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -121,6 +127,7 @@ def build_report(record: PrefillRecord) -> RunReport:
         bytes_after=sum(layer.bytes_after for layer in layers),
         layers=layers,
         findings=list(record.findings),
+        recompressions=list(record.recompressions),
     )
 
 

@@ -34,6 +34,13 @@ class Rotary:
         """Of the first `count` tokens."""
         return Rotary(self.cos[:, :count], self.sin[:, :count])
 
+    def at(self, positions: Tensor) -> Rotary:
+        """Of the tokens at `positions` ``[B * H, n]``, one row of this batch giving `H` rows."""
+        index = positions[..., None].expand(*positions.shape, self.cos.shape[-1])
+        repeats = len(positions) // len(self.cos)
+        cos, sin = (angle.repeat_interleave(repeats, 0).gather(1, index) for angle in (self.cos, self.sin))
+        return Rotary(cos, sin)
+
     def undo(self, keys: Tensor) -> Tensor:
         """``[B, H, L, D]`` rotated keys to fp32 keys without position."""
         return _turn(keys.float(), self.cos[:, None].float(), -self.sin[:, None].float())

@@ -99,6 +99,11 @@ def load_context(
         ContextMismatchError: saved by another model, or for another plan or method.
     """
     metadata, tensors = _read(path)
+    if settings.recompress_every is not None:
+        raise ContextMismatchError(
+            f"{path}: a saved context does not tell its rows' modes apart, so it cannot be compressed again; leave "
+            "recompress_every out"
+        )
     _check_origin(path, metadata, settings, model, plan)
     cache = FlowCache(settings)
     seen, prompt_length = _count(path, metadata, "seen"), _count(path, metadata, "prompt_length")

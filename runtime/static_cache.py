@@ -18,6 +18,7 @@ from flowmm.errors import FlowmmError, InputError
 from flowmm.runtime.attention import attend_compressed
 from flowmm.runtime.cache import Base, CompressionSettings, FlowCache, Prompt
 from flowmm.runtime.layer import FlowLayer
+from flowmm.runtime.shared import Shared
 
 # Capacities are multiples of this, so that prompts of similar length share buffers and graphs.
 BUCKET = 256
@@ -230,8 +231,10 @@ class StaticFlowCache(FlowCache):
             return attend_compressed(query, key, value, states.buffers.bias, scaling), None
         return attend_compressed(query, *states.held(), scaling), None
 
-    def _compress(self, layer: int, prompt: Prompt, query: Tensor, scaling: float) -> None:
-        super()._compress(layer, prompt, query, scaling)
+    def _compress(
+        self, layer: int, prompt: Prompt, query: Tensor, scaling: float, shared: Shared | None = None
+    ) -> None:
+        super()._compress(layer, prompt, query, scaling, shared)
         states = self.states[layer]
         if not isinstance(states, StaticFlowLayer):
             return
