@@ -479,7 +479,7 @@ def profile(
         option = "--decide measured" if decide == "measured" else f"--layer-budgets {layer_budgets}"
         raise click.UsageError(f"{option} reads the prompts twice, and stdin can be read once")
     if decide == "lift" and rho_kind is not None:
-        raise click.UsageError("--decide lift compares with uniform attention; --rho-kind goes with --decide theta or measured")
+        raise click.UsageError("--decide lift compares with uniform attention; --rho-kind goes with the other two")
     start = time.monotonic()
     out = _plan_target(out, model, overwrite or dry_run)
     method = _method(preset, theta=theta, budget=budget, rho_kind="lift" if decide == "lift" else rho_kind)
@@ -904,7 +904,7 @@ def evaluation(**options: Any) -> None:
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
 def figure(name: str, out: Path, **options: Any) -> None:
-    """Measure a figure of the paper again and write it as SVG and CSV into --out.
+    """Measure a figure of the paper again and write it as SVG, PNG and CSV into --out.
 
     What an earlier run left in --runs is not measured again.
     """

@@ -1,16 +1,17 @@
-"""Budget curves as SVG: average accuracy (or KL without labels) against the budget, one panel per protocol."""
+"""Budget curves: average accuracy (or KL without labels) against the budget, one panel per protocol."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from flowmm.evaluation.charts import PERCENT_AXIS, Axis, Panel, Point, Series, line_chart, linear_axis
+from flowmm.evaluation.drawing import Drawing
 from flowmm.evaluation.methods import FULL
 from flowmm.evaluation.summary import AVERAGE, SummaryRow
 
 
-def budget_curves(rows: Sequence[SummaryRow]) -> str:
-    """One SVG document for the rows of one run.
+def budget_curves(rows: Sequence[SummaryRow]) -> Drawing:
+    """The chart of the rows of one run.
 
     Shows the averages over tasks, or the only task. Bars are 95 % intervals; the dashed line is the full cache.
     """

@@ -1,4 +1,4 @@
-"""Figures and tables of the paper, measured again: one command each, an SVG and a CSV."""
+"""Figures and tables of the paper, measured again: one command each: SVG, PNG and CSV."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from flowmm.errors import InputError
 from flowmm.evaluation.charts import PERCENT_AXIS, Axis, Panel, Point, Series, dot_chart, line_chart, linear_axis
 from flowmm.evaluation.comparison import Line
 from flowmm.evaluation.curves import budget_axis
+from flowmm.evaluation.drawing import Drawing
 from flowmm.evaluation.lab import Lab, as_csv, run_study
 from flowmm.evaluation.methods import FULL
 from flowmm.evaluation.plan_kinds import FLOW_KINDS
@@ -84,7 +85,7 @@ ABLATION = Study(
 class Figure:
     """A drawing and the numbers in it."""
 
-    svg: str
+    drawing: Drawing
     table: str
 
 
@@ -126,7 +127,7 @@ def _interval(plan: Plan, layer: int, kind: str) -> tuple[float | None, float | 
     return (None, None) if chosen.estimates is None else getattr(chosen.estimates, kind)[1:]
 
 
-def _by_budget(study: Study, lines: Sequence[Line]) -> str:
+def _by_budget(study: Study, lines: Sequence[Line]) -> Drawing:
     panels = []
     for protocol in study.protocols:
         own = [line for line in lines if line.protocol == protocol]
@@ -139,7 +140,7 @@ def _by_budget(study: Study, lines: Sequence[Line]) -> str:
     return line_chart(panels, budget_axis(study.budgets), PERCENT_AXIS, "full cache")
 
 
-def _by_theta(study: Study, lines: Sequence[Line]) -> str:
+def _by_theta(study: Study, lines: Sequence[Line]) -> Drawing:
     panels = []
     for protocol in study.protocols:
         own = [line for line in lines if line.protocol == protocol]
@@ -153,7 +154,7 @@ def _by_theta(study: Study, lines: Sequence[Line]) -> str:
     return line_chart(panels, axis, PERCENT_AXIS, "full cache")
 
 
-def _by_component(study: Study, lines: Sequence[Line]) -> str:
+def _by_component(study: Study, lines: Sequence[Line]) -> Drawing:
     panels = []
     names = [name for name in study.blocks[0].variants if name != FULL]
     for protocol in study.protocols:
@@ -180,7 +181,7 @@ def _csv(rows: Sequence[Mapping[str, object]]) -> str:
     return out.getvalue()
 
 
-DRAWN: dict[str, tuple[Study, Callable[[Study, Sequence[Line]], str]]] = {
+DRAWN: dict[str, tuple[Study, Callable[[Study, Sequence[Line]], Drawing]]] = {
     "inverted": (INVERTED, _by_budget),
     "budgets": (CURVES, _by_budget),
     "theta": (THETA, _by_theta),
@@ -205,13 +206,14 @@ def draw(name: str, lab: Lab) -> Figure:
 
 
 def write_figure(name: str, lab: Lab, out: Path) -> list[Path]:
-    """Write ``NAME.svg`` and ``NAME.csv`` into `out`; returns both paths.
+    """Write ``NAME.svg``, ``NAME.png`` and ``NAME.csv`` into `out`; returns the paths.
 
     Raises:
         InputError: see :func:`draw`, or the directory cannot be written.
     """
     figure = draw(name, lab)
     out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / f"{name}.svg", figure.svg)
-    write_atomic(out / f"{name}.csv", figure.table)
-    return [out / f"{name}.svg", out / f"{name}.csv"]
+    contents = {"svg": figure.drawing.svg(), "png": figure.drawing.png(), "csv": figure.table}
+    for kind, content in contents.items():
+        write_atomic(out / f"{name}.{kind}", content)
+    return [out / f"{name}.{kind}" for kind in contents]

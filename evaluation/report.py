@@ -33,8 +33,8 @@ class Results:
 
 
 def write_report(directory: Path, results: Results) -> None:
-    """Write ``summary.json``, ``table`` as ``.txt``, ``.csv`` and ``.md``, and ``curves.svg``; a comparison with a
-    reference, where there is one, as ``leads.txt``, ``leads.csv`` and ``leads.md``.
+    """Write ``summary.json``, ``table`` as ``.txt``, ``.csv`` and ``.md``, ``curves`` as ``.svg`` and ``.png``; a
+    comparison with a reference, where there is one, as ``leads.txt``, ``leads.csv`` and ``leads.md``.
 
     Raises:
         InputError: the directory cannot be written.
@@ -43,7 +43,9 @@ def write_report(directory: Path, results: Results) -> None:
     write_atomic(directory / "table.txt", text_table(results.rows))
     write_atomic(directory / "table.csv", csv_table(results.rows))
     write_atomic(directory / "table.md", markdown_table(results.rows))
-    write_atomic(directory / "curves.svg", budget_curves(results.rows))
+    curves = budget_curves(results.rows)
+    write_atomic(directory / "curves.svg", curves.svg())
+    write_atomic(directory / "curves.png", curves.png())
     if results.leads:
         write_atomic(directory / "leads.txt", lead_text(results.leads))
         write_atomic(directory / "leads.csv", csv_table(results.leads))

@@ -37,8 +37,8 @@ def read_text(path: Path) -> str:
         raise PlanFormatError(f"{path}, line {line}: not UTF-8 (byte {error.start}). Save the file as UTF-8") from error
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 so that `path` holds the old content or the new one, never a part, even after a crash.
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write bytes, or text as UTF-8: `path` holds the old content or the new one, never a part, even after a crash.
 
     Raises:
         InputError: the directory is missing or cannot be written; the old file is untouched.
@@ -46,7 +46,7 @@ def write_atomic(path: Path, text: str) -> None:
     # A link stays a link: its target is replaced.
     target = Path(os.path.realpath(path))
     try:
-        _replace(target, text.encode("utf-8"))
+        _replace(target, content.encode("utf-8") if isinstance(content, str) else content)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error}). Check the directory and its permissions") from error
 

@@ -44,7 +44,7 @@ def test_results_in_a_directory_are_used_again(
     assert main(command) == 0
     first = capsys.readouterr().out
     assert first == "\n".join((out / f"{name}.txt").read_text(encoding="utf-8") for name in ("table", "leads"))
-    files = {"rows.parquet", "summary.json", "curves.svg"}
+    files = {"rows.parquet", "summary.json", "curves.svg", "curves.png"}
     files |= {f"{name}.{kind}" for name in ("table", "leads") for kind in ("txt", "csv", "md")}
     assert {path.name for path in out.iterdir()} == files
     before = (out / "rows.parquet").stat().st_mtime_ns

@@ -63,15 +63,16 @@ def test_csv_table_keeps_full_precision() -> None:
 
 
 def test_curves_have_a_point_per_method_and_budget() -> None:
-    root = ElementTree.fromstring(budget_curves(summary()))
+    root = ElementTree.fromstring(budget_curves(summary()).svg())
     assert len(root.findall(f".//{SVG}circle")) == 4
-    assert len(root.findall(f".//{SVG}polyline")) == 2
+    strokes = [line for line in root.findall(f".//{SVG}polyline") if line.get("stroke-width") == "2"]
+    assert len(strokes) == 2 * 2 + 1, "two curves, and the legend with the full cache"
     assert {"robust", "robust:merge=tangent", "aware"} <= {text.text for text in root.iter(f"{SVG}text")}
 
 
 def test_curves_without_labels_show_the_divergence() -> None:
     rows = [row("robust", "fidelity", i, None, kl=0.3) for i in range(3)]
-    root = ElementTree.fromstring(budget_curves(summarise(rows)))
+    root = ElementTree.fromstring(budget_curves(summarise(rows)).svg())
     assert any("KL" in (text.text or "") for text in root.iter(f"{SVG}text"))
 
 
@@ -101,6 +102,7 @@ def test_comparison_tables_have_a_line_per_method_and_budget() -> None:
 def test_report_files(tmp_path: Path) -> None:
     write_report(tmp_path, Results(summary()))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "curves.png",
         "curves.svg",
         "summary.json",
         "table.csv",
