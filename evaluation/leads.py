@@ -7,11 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from flowmm.errors import InputError
 from flowmm.evaluation.comparison import ALL, groups_by_task, outcomes
 from flowmm.evaluation.methods import FULL
 from flowmm.evaluation.records import Row
-from flowmm.evaluation.statistics import Interval, bootstrap_interval, mean_of_groups
+from flowmm.evaluation.statistics import Interval, bootstrap_interval, mcnemar_p, mean_of_groups
 
 Quantity = Literal["accuracy", "kl"]
 Verdict = Literal["ahead", "behind", "undecided", "same method"]
@@ -29,8 +31,9 @@ class Lead:
         reference_value, method_value: mean over tasks, each counted alike.
         difference, ci95: reference minus method, mean over tasks of paired differences, with its 95 % bootstrap
             interval over cases.
-        verdict: of the reference; ``undecided`` where the interval holds zero, ``same method`` where both have equal
-            parameters.
+        verdict: of the reference; ``undecided`` where the interval holds zero, or has no width (all cases of a task
+            differ alike, as a single case always does) and an exact sign test over cases has p of 0.05 or more;
+            ``same method`` where both have equal parameters.
     """
 
     protocol: str
@@ -97,6 +100,7 @@ def _lead(protocol: str, budget: float, ours: Sequence[Row], theirs: Sequence[Ro
     shared = own.keys() & other.keys()
     differences = groups_by_task({case: own[case] - other[case] for case in shared})
     ci95 = bootstrap_interval(differences)
+    told = ci95[0] < ci95[1] or _sign_p(np.concatenate(differences)) < 0.05
     return Lead(
         protocol=protocol,
         budget=budget,
@@ -108,8 +112,16 @@ def _lead(protocol: str, budget: float, ours: Sequence[Row], theirs: Sequence[Ro
         method_value=mean_of_groups(groups_by_task({case: other[case] for case in shared})),
         difference=mean_of_groups(differences),
         ci95=ci95,
-        verdict="same method" if ours[0].digest == theirs[0].digest else _verdict(ci95, quantity),
+        verdict="same method"
+        if ours[0].digest == theirs[0].digest
+        else _verdict(ci95, quantity)
+        if told
+        else "undecided",
     )
+
+
+def _sign_p(differences: np.ndarray) -> float:
+    return mcnemar_p(differences, np.zeros_like(differences))
 
 
 def _verdict(ci95: Interval, quantity: Quantity) -> Verdict:

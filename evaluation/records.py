@@ -83,8 +83,9 @@ SCHEMA = pa.schema([(name, _TYPES[str(field.type)]) for name, field in Row.__dat
 
 
 def _row(values: dict[str, Any]) -> Row:
-    errors = values["attention_error"]
-    return Row(**values | {"attention_error": None if errors is None else tuple(errors)})
+    if values["attention_error"] is not None:
+        values["attention_error"] = tuple(values["attention_error"])
+    return Row(**values)
 
 
 class RowStore:

@@ -47,6 +47,15 @@ def test_verdicts_follow_the_interval() -> None:
     }
 
 
+def test_an_interval_without_width_decides_nothing_by_itself() -> None:
+    few, many = (
+        compare_with_reference(answers("ours", [True] * n) + answers("theirs", [False] * n), "ours") for n in (5, 6)
+    )
+    assert few[0].ci95 == many[0].ci95 == (1.0, 1.0)
+    # All of n pairs on one side: p is 2 / 2**n.
+    assert (few[0].verdict, many[0].verdict) == ("undecided", "ahead")
+
+
 def test_the_full_cache_is_compared_at_every_budget() -> None:
     rows = answers("full", [True] * 4, budget=1.0)
     rows += [found for budget in (0.1, 0.2) for found in answers("ours", [True, False] * 2, budget=budget)]
@@ -65,12 +74,12 @@ def test_a_case_counts_once_over_all_protocols() -> None:
 
 def test_less_divergence_is_ahead_where_nothing_is_labelled() -> None:
     rows = [
-        replace(row(method, "fidelity", i, None, kl=kl + 0.01 * i), digest=method)
+        replace(row(method, "fidelity", i, None, kl=kl * (1 + 0.1 * i)), digest=method)
         for method, kl in (("ours", 0.1), ("theirs", 0.4))
         for i in range(5)
     ]
     lead = find(compare_with_reference(rows, "ours"), "theirs")
-    assert (lead.quantity, lead.difference, lead.verdict) == ("kl", pytest.approx(-0.3), "ahead")
+    assert (lead.quantity, lead.difference, lead.verdict) == ("kl", pytest.approx(-0.36), "ahead")
     assert find(compare_with_reference(rows, "theirs"), "ours").verdict == "behind"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -199,7 +200,7 @@ def text(words: str) -> dict[str, str]:
     return {"type": "text", "text": words}
 
 
-def unlabelled(tmp_path: Path, *messages: dict[str, object]) -> Case:
+def unlabelled(tmp_path: Path, *messages: Any) -> Case:
     """The case of a prompt file with one conversation, in which the path ``red.png`` leads to an image."""
     tiny_image().save(tmp_path / "red.png")
     data = tmp_path / "own.jsonl"
@@ -256,7 +257,7 @@ def test_a_recorded_answer_at_the_end_is_left_out(tmp_path: Path) -> None:
     ],
 )
 def test_a_prompt_that_does_not_fit_a_protocol_is_told_what_it_lacks(
-    model: LoadedModel, tmp_path: Path, protocol: str, messages: list[dict[str, object]], needed: str
+    model: LoadedModel, tmp_path: Path, protocol: str, messages: list[Any], needed: str
 ) -> None:
     with pytest.raises(InputError, match=rf"own:all:fidelity:0.*{needed}"):
         build_trial(model, unlabelled(tmp_path, *messages), protocol)

@@ -87,7 +87,7 @@ def test_tables_of_prompts_without_labels_show_the_attention_error() -> None:
 
 def test_comparison_tables_have_a_line_per_method_and_budget() -> None:
     rows = [
-        replace(row(method, "a", i, method == "ours"), digest=method) for method in ("ours", "theirs") for i in range(4)
+        replace(row(method, "a", i, method == "ours"), digest=method) for method in ("ours", "theirs") for i in range(8)
     ]
     leads = compare_with_reference(rows, "ours")
     (line,) = lead_text(leads).splitlines()[1:]
