@@ -76,15 +76,35 @@ def header(plan: Plan) -> list[tuple[str, str]]:
         ("method", f"{method.preset}: {_decision(method)}, budget {method.budget:g}, flow {method.flow}"),
         ("", f"selector {method.selector}, proxies {method.proxies}, {_gate(method)}, merge {method.merge}"),
     ]
-    if plan.sensitivity is not None:
-        how = ", ".join(plan.sensitivity.protocols)
-        lines.append(
-            ("budgets", f"measured on {plan.sensitivity.n_samples} prompts ({how}); other totals follow the curves")
-        )
+    lines += _budgets(plan) + _choices(plan)
     if plan.environment is not None:
         made = plan.environment
         lines.append(("made with", f"torch {made.torch}, transformers {made.transformers}, {made.device}"))
     return lines + [("" if number else "note", line) for number, line in enumerate(plan.note.splitlines())]
+
+
+def _budgets(plan: Plan) -> list[tuple[str, str]]:
+    if plan.budget_rule is not None:
+        return [("budgets", f"by {plan.budget_rule}; other totals scale all layers alike")]
+    if plan.sensitivity is None or any(layer.curve is None for layer in plan.layers):
+        return []
+    how = f"{plan.sensitivity.n_samples} prompts ({', '.join(plan.sensitivity.protocols)})"
+    return [("budgets", f"measured on {how}; other totals follow the curves")]
+
+
+def _choices(plan: Plan) -> list[tuple[str, str]]:
+    """One line per layer that has a choice, or that none was clear."""
+    if plan.sensitivity is None or plan.sensitivity.budgets is None:
+        return []
+    at = ", ".join(f"{budget:g}" for budget in plan.sensitivity.budgets)
+    chosen = [(layer.index, layer.choice) for layer in plan.layers if layer.choice is not None]
+    where = f"measured on {plan.sensitivity.n_samples} prompts at budgets {at}"
+    if not chosen:
+        return [("choices", f"{where}: none is clearly better than the method's parameters")]
+    return [("choices", where)] + [
+        ("", f"layer {index}: {choice}; next-token KL {choice.cost[0]:.3g} -> {choice.cost[1]:.3g}")
+        for index, choice in chosen
+    ]
 
 
 def _gate(method: MethodParameters) -> str:

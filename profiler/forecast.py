@@ -11,8 +11,11 @@ from typing import Any
 
 from flowmm.errors import InputError
 from flowmm.models import LoadedModel
+from flowmm.plans import LayerPlan, MethodParameters, ModelFingerprint
+from flowmm.profiler.decisions import BUDGETS, candidates
 from flowmm.profiler.recorder import record_flow
 from flowmm.profiler.samples import Sample, UnreadableSample
+from flowmm.profiler.sensitivity import ANSWER_TOKENS, RATIOS, ROWS_PER_BATCH
 
 PROBED = 4
 # Probes are spread over so many first samples: one data set often follows another.
@@ -20,11 +23,60 @@ LOOKED_AT = 64
 
 
 @dataclass(frozen=True)
+class LayerCost:
+    """What measuring layers costs: `prefills` of whole prompts, `feeds` of a continuation and a few answer tokens to
+    batches of caches (forward calls), at most; `cache_bytes`: keys and values held at once for a prompt of mean length.
+    """
+
+    prefills: int
+    feeds: int
+    cache_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"measuring layers: at most {self.prefills} more prefills, {self.feeds} forward calls of a few tokens on "
+            f"compressed caches, {self.cache_bytes / 2**20:.0f} MiB of keys and values at once"
+        )
+
+
+@dataclass(frozen=True)
+class LayerMeasurements:
+    """What is to be measured with one layer compressed at a time, as of
+    :func:`flowmm.profiler.decisions.measure_layers`; `prompts` is its limit."""
+
+    prompts: int
+    protocols: tuple[str, ...]
+    budgets: bool
+    choices: bool
+
+    def cost(self, model: ModelFingerprint, tokens: float) -> LayerCost | None:
+        """At most this for prompts of so many tokens; None where nothing is measured."""
+        # Curves of layers with a choice are measured twice.
+        curves = [len(RATIOS)] * ((1 + self.choices) if self.budgets else 0)
+        unforced = LayerPlan(index=0, mode="cross", forced=False, budget=1.0, rho=None)
+        compared = [len(BUDGETS) * (1 + len(candidates(unforced, MethodParameters())))] if self.choices else []
+        passes = curves + compared
+        if not passes:
+            return None
+        batches = sum(-(-variants // ROWS_PER_BATCH) for variants in passes) * model.num_layers
+        rows = min(ROWS_PER_BATCH, max(passes))
+        runs = self.prompts * len(self.protocols)
+        # Per token and layer: the captured queries, keys and values, and every row's keys and values.
+        heads = model.num_attention_heads + 2 * model.num_kv_heads * (1 + rows)
+        width = model.head_dim * (4 if model.dtype == "float32" else 2)
+        return LayerCost(
+            prefills=runs * len(passes),
+            feeds=runs * (len(passes) * (ANSWER_TOKENS + 1) + batches),
+            cache_bytes=round(tokens * model.num_layers * heads * width),
+        )
+
+
+@dataclass(frozen=True)
 class Forecast:
     """Expected cost of a profile, from `probed` prompts.
 
     `samples` and what follows from it (`tokens` in all, `seconds`) are None where the data is a stream of unknown
-    length. `tokens_per_sample` and `seconds_per_sample` are means.
+    length. `tokens_per_sample` and `seconds_per_sample` are means. `layer_cost` comes on top.
     """
 
     model: str
@@ -33,6 +85,7 @@ class Forecast:
     probed: int
     tokens_per_sample: float
     seconds_per_sample: float
+    layer_cost: LayerCost | None = None
 
     @property
     def tokens(self) -> int | None:
@@ -48,16 +101,19 @@ class Forecast:
 
     def __str__(self) -> str:
         each = f"{self.tokens_per_sample:.0f} tokens and {self.seconds_per_sample:.3g} s each"
+        layers = "" if self.layer_cost is None else f"\n{self.layer_cost}"
         if self.seconds is None:
-            return f"{self.model}, {self.layers} layers: prompts of unknown number, {each} (mean of {self.probed})"
-        return (
-            f"{self.model}, {self.layers} layers: {self.samples} prompts, {each} (mean of {self.probed}), "
-            f"about {self.tokens} tokens and {self.seconds:.0f} s in all"
-        )
+            counted = f"prompts of unknown number, {each} (mean of {self.probed})"
+        else:
+            counted = (
+                f"{self.samples} prompts, {each} (mean of {self.probed}), "
+                f"about {self.tokens} tokens and {self.seconds:.0f} s in all"
+            )
+        return f"{self.model}, {self.layers} layers: {counted}{layers}"
 
 
-def forecast(model: LoadedModel, samples: Iterable[Sample]) -> Forecast:
-    """Measure a few prompts, after one that pays for warming up, and extrapolate.
+def forecast(model: LoadedModel, samples: Iterable[Sample], measurements: LayerMeasurements | None = None) -> Forecast:
+    """Measure a few prompts, after one that pays for warming up, and extrapolate; `measurements` are counted.
 
     Raises:
         InputError: no sample can be read.
@@ -72,11 +128,14 @@ def forecast(model: LoadedModel, samples: Iterable[Sample]) -> Forecast:
     start = time.perf_counter()
     tokens = [record_flow(model.model, model.build_inputs(messages)).tokens for messages in conversations]
     seconds = time.perf_counter() - start
+    fingerprint = model.fingerprint()
+    length = sum(tokens) / len(tokens)
     return Forecast(
         model=model.source,
-        layers=model.fingerprint().num_layers,
+        layers=fingerprint.num_layers,
         samples=None if hint < 0 else hint,
         probed=len(tokens),
-        tokens_per_sample=sum(tokens) / len(tokens),
+        tokens_per_sample=length,
         seconds_per_sample=seconds / len(tokens),
+        layer_cost=None if measurements is None else measurements.cost(fingerprint, length),
     )

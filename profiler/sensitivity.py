@@ -6,9 +6,9 @@ add up well enough to share a budget between them (:mod:`flowmm.plans.allocation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 
 import numpy as np
 import torch
@@ -34,15 +34,17 @@ from flowmm.runtime.replay import (
     reading_caches,
 )
 
-RATIOS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.65)
+RATIOS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.65)
 # Tokens of the full cache's own answer on which a compressed cache is compared with it.
 ANSWER_TOKENS = 4
+# Caches decoded together: more rows save forward calls, and take more memory.
+ROWS_PER_BATCH = 16
 MIXED = ("aware", "blind")
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Curves of all layers.
+    """Curves of all layers, or of some.
 
     Attributes:
         ratios: measured ratios of entries kept, rising.
@@ -58,8 +60,14 @@ class Sensitivity:
         mean = self.cost.mean(0)
         return [list(zip(self.ratios, map(float, layer), strict=True)) for layer in mean]
 
+    def with_layers(self, layers: Sequence[int], other: Sensitivity) -> Sensitivity:
+        """These curves, but those of `layers` from `other`, which holds them in that order, on the same prompts."""
+        cost = self.cost.copy()
+        cost[:, list(layers)] = other.cost
+        return Sensitivity(self.ratios, cost)
 
-def aware(messages: Sequence[Message]) -> Conversations | None:
+
+def aware(messages: Sequence[Message]) -> Conversations:
     """The whole prompt is compressed; its last token is then read again."""
     return Conversations(list(messages), list(messages), opened=True, fed_again=1)
 
@@ -80,6 +88,16 @@ def blind(messages: Sequence[Message]) -> Conversations | None:
 PROTOCOLS: dict[str, Callable[[Sequence[Message]], Conversations | None]] = {"aware": aware, "blind": blind}
 
 
+@dataclass(frozen=True)
+class Variant:
+    """One layer compressed to a ratio of its entries, with these parameters and in this mode; the others stay full."""
+
+    layer: int
+    ratio: float
+    method: MethodParameters
+    mode: Mode
+
+
 def measure_sensitivity(
     model: LoadedModel,
     plan: Plan,
@@ -88,35 +106,55 @@ def measure_sensitivity(
     limit: int | None = None,
     protocols: Sequence[str] = MIXED,
     ratios: Sequence[float] = RATIOS,
-    method: MethodParameters | None = None,
+    layers: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> Sensitivity:
     """Measure every layer's curve on calibration prompts.
 
     Args:
         model: loaded with sdpa or eager attention.
-        plan: gives each layer's mode.
+        plan: gives each layer's mode and parameters.
         samples: calibration prompts; their answers are not needed. Unreadable ones are passed over.
         limit: use at most so many.
         protocols: ``aware``, ``blind`` or both (their costs are averaged).
         ratios: entries kept in the one compressed layer.
-        method: of the compression; default the plan's.
+        layers: measure these alone; ``None``: all.
         progress: called with (finished prompts, `limit`).
 
     Raises:
         InputError: an unknown protocol, or no prompt that fits any of the protocols.
     """
+    ratios = tuple(sorted(ratios))
+    modes, methods = plan.layer_modes(plan.method), plan.layer_methods(plan.method)
+    layers = range(len(modes)) if layers is None else layers
+    variants = [Variant(layer, ratio, methods[layer], modes[layer]) for layer in layers for ratio in ratios]
+    costs = measure_costs(model, plan, samples, variants, limit=limit, protocols=protocols, progress=progress)
+    return Sensitivity(ratios, costs.reshape(len(costs), len(layers), len(ratios)))
+
+
+def measure_costs(
+    model: LoadedModel,
+    plan: Plan,
+    samples: Iterable[Sample],
+    variants: Sequence[Variant],
+    *,
+    limit: int | None = None,
+    protocols: Sequence[str] = MIXED,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """``[prompts, variants]`` fp64: next-token KL against the full cache in nats, mean over tokens and protocols.
+
+    Args and errors as of :func:`measure_sensitivity`. The same samples, limit and protocols give the same prompts, so
+    that costs of several calls can be compared prompt by prompt.
+    """
     unknown = [name for name in protocols if name not in PROTOCOLS]
     if unknown or not protocols:
         raise InputError(f"protocols {list(protocols)}: expected one or more of {', '.join(PROTOCOLS)}")
-    ratios = tuple(sorted(ratios))
     costs = []
     readable = (sample for sample in samples if isinstance(sample, CalibrationSample))
     for done, sample in enumerate(islice(readable, limit), start=1):
         chats = [PROTOCOLS[name](sample.messages) for name in protocols]
-        rows = [
-            _prompt_cost(model, plan, build_trial(model, chat), ratios, method) for chat in chats if chat is not None
-        ]
+        rows = [_prompt_costs(model, plan, build_trial(model, chat), variants) for chat in chats if chat is not None]
         if rows:
             costs.append(np.mean(rows, axis=0))
         if progress is not None:
@@ -126,13 +164,11 @@ def measure_sensitivity(
             f"no calibration prompt fits {' or '.join(protocols)}: 'blind' needs prompts whose last turn ends with a "
             "text behind other parts"
         )
-    return Sensitivity(ratios, np.stack(costs))
+    return np.stack(costs)
 
 
-def _prompt_cost(
-    model: LoadedModel, plan: Plan, trial: Trial, ratios: Sequence[float], method: MethodParameters | None
-) -> np.ndarray:
-    """``[layers, ratios]`` of one prompt under one protocol."""
+def _prompt_costs(model: LoadedModel, plan: Plan, trial: Trial, variants: Sequence[Variant]) -> np.ndarray:
+    """``[variants]`` of one prompt under one protocol."""
     host, prefilled = model.model, prefill(model.model, trial)
     modes = prefilled.modes(plan)
     with reading_caches(host):
@@ -142,27 +178,35 @@ def _prompt_cost(
         forced = torch.cat([trial.continuation, tokens[:, :-1]], dim=1)
         places = trial.positions[..., :1] + torch.arange(forced.shape[1], device=forced.device)
         wanted = feed(host, _full(prefilled, trial), forced, places, keep=ANSWER_TOKENS)
-        rows = []
-        for layer in range(len(modes)):
-            caches = [_one_layer(prefilled, modes, method or plan.method, layer, ratio, trial) for ratio in ratios]
+        costs = []
+        for batch in _batches(variants):
+            caches = [_one_layer(prefilled, modes, variant, trial) for variant in batch]
             logits = feed(host, FlowCache.stack(caches), forced.expand(len(caches), -1), places, keep=ANSWER_TOKENS)
-            rows.append(divergence(wanted, logits).mean(-1).double().cpu().numpy())
-    return np.stack(rows)
+            costs.append(divergence(wanted, logits).mean(-1).double().cpu().numpy())
+    return np.concatenate(costs)
+
+
+def _batches(variants: Sequence[Variant]) -> Iterator[list[Variant]]:
+    """Neighbours of one layer, because a batch takes the memory of its largest rows."""
+    for _, of_layer in groupby(variants, key=lambda variant: variant.layer):
+        ready = list(of_layer)
+        yield from (ready[start : start + ROWS_PER_BATCH] for start in range(0, len(ready), ROWS_PER_BATCH))
 
 
 def _full(prefilled: Prefill, trial: Trial) -> FlowCache:
     return prefilled.hide_last(prefilled.full_cache(), trial.fed_again)
 
 
-def _one_layer(
-    prefilled: Prefill, modes: tuple[Mode, ...], method: MethodParameters, layer: int, ratio: float, trial: Trial
-) -> FlowCache:
-    """The full cache, except that one layer keeps only `ratio` of its entries."""
+def _one_layer(prefilled: Prefill, modes: tuple[Mode, ...], variant: Variant, trial: Trial) -> FlowCache:
+    """The full cache, except for one layer; an ``online`` one has the mode that this prompt gives it."""
+    mode = modes[variant.layer] if variant.mode == "online" else variant.mode
+    modes = (*modes[: variant.layer], mode, *modes[variant.layer + 1 :])
 
     def entries(length: int) -> list[int]:
-        return [entry_budget(length, ratio) if index == layer else length for index in range(len(modes))]
+        kept = entry_budget(length, variant.ratio)
+        return [kept if layer == variant.layer else length for layer in range(len(modes))]
 
-    settings = CompressionSettings(method, modes, entries)
+    settings = CompressionSettings(variant.method, modes, entries)
     return prefilled.hide_last(prefilled.cache(settings), trial.fed_again)
 
 
@@ -174,6 +218,7 @@ def with_measured_budgets(plan: Plan, sensitivity: Sensitivity, protocols: Seque
         LayerPlan.model_validate(layer.model_dump() | {"curve": tuple(curve), "budget": ratio})
         for layer, curve, ratio in zip(plan.layers, curves, ratios, strict=True)
     )
-    measured = SensitivityFingerprint(protocols=tuple(protocols), n_samples=len(sensitivity.cost))
+    decided = None if plan.sensitivity is None else plan.sensitivity.budgets
+    measured = SensitivityFingerprint(protocols=tuple(protocols), n_samples=len(sensitivity.cost), budgets=decided)
     kept = {name: getattr(plan, name) for name in Plan.model_fields if name != "schema_"}
     return Plan.model_validate(kept | {"layers": layers, "sensitivity": measured})

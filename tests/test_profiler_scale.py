@@ -100,7 +100,7 @@ def test_forecast_of_a_stream_has_no_total(model: LoadedModel) -> None:
 
 def test_command_line_decides_by_lift(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
-    options = ["--limit", "4", "--decide", "lift", "--sample-rows", "8", "-q", "--json"]
+    options = ["--limit", "4", "--decide", "lift", "--sample-rows", "8", "--layer-budgets", "uniform", "-q", "--json"]
     assert main([*arguments(checkpoint, out), *options]) == 0
     plan = Plan.load(out)
     assert plan.method.rho_kind == "lift"
