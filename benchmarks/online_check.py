@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from environment import environment
-from random_model import image_prompt, random_model
 
 import flowmm
 from flowmm.models import LoadedModel, fingerprint_model, load_model
+from flowmm.models.random_weights import image_prompt, random_model
 from flowmm.plans import Plan, resolve_plan, unprofiled_plan
 from flowmm.pocket.tasks import Sample, sample, samples
 from flowmm.runtime import OnlineCheck
+from flowmm.runtime.bench import environment
 
 RESULT = Path(__file__).with_name("results") / "online_check.json"
 
@@ -72,7 +72,7 @@ def reliability(count: int) -> dict[str, Any]:
 @torch.no_grad()
 def cost(model: Any, length: int, repeats: int) -> dict[str, float]:
     """Median of paired ratios: a full-budget prefill with the check over one without, modes decided by the plan."""
-    inputs = image_prompt(length)
+    inputs = image_prompt(model, length)
     plan = unprofiled_plan(fingerprint_model(model), flowmm_version=flowmm.__version__)
     layers = [layer.model_copy(update={"mode": "cross", "forced": True}) for layer in plan.layers]
     plan = plan.model_copy(update={"layers": tuple(layers)})

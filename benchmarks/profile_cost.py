@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import environment
-from random_model import image_prompt, random_model
 
+from flowmm.models.random_weights import image_prompt, random_model
 from flowmm.profiler import record_flow
+from flowmm.runtime.bench import environment
 
 RESULT = Path(__file__).with_name("results") / "profile_cost.json"
 # Length in tokens to the largest acceptable ratio.
@@ -34,7 +34,7 @@ def seconds(action: Callable[[], Any]) -> float:
 @torch.no_grad()
 def compare(model: Any, length: int, repeats: int) -> dict[str, float]:
     """Medians over interleaved runs, so that other load on the machine falls on both alike."""
-    inputs = image_prompt(length)
+    inputs = image_prompt(model, length)
     runs = [
         (
             seconds(lambda: model(**inputs, use_cache=False, logits_to_keep=1)),

@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 
 import torch
-from environment import environment
 
 from flowmm.models import load_model
 from flowmm.profiler import open_calibration, profile
 from flowmm.profiler.kernel_caches import bound_kernel_caches
+from flowmm.runtime.bench import environment
 
 RESULT = Path(__file__).with_name("results") / "profile_memory.json"
 EVERY = 100

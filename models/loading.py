@@ -130,9 +130,9 @@ def load_model(
         UnsupportedModelError: the model's architecture is not supported.
         ModelLoadError: files are missing, damaged, unreachable, or do not belong together.
     """
-    torch_dtype = _choose_dtype(dtype)
+    torch_dtype = choose_dtype(dtype)
     _check_attention(attn_implementation)
-    target = _choose_device(device) if device_map is None else _check_device_map(device)
+    target = choose_device(device) if device_map is None else _check_device_map(device)
     location = resolve_source(name)
     files: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
     family = family_of(_read_config(location, files))
@@ -155,7 +155,12 @@ def load_model(
     )
 
 
-def _choose_dtype(dtype: str) -> torch.dtype | str:
+def choose_dtype(dtype: str) -> torch.dtype | str:
+    """The torch dtype behind ``bf16``, ``fp16`` or ``fp32``; ``auto`` stays.
+
+    Raises:
+        InputError: another name.
+    """
     if dtype not in _DTYPES:
         raise InputError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
     return _DTYPES[dtype]
@@ -167,7 +172,12 @@ def _check_attention(name: str) -> None:
         raise InputError(f"attn_implementation {name!r}: this transformers knows {', '.join(known)}; try sdpa")
 
 
-def _choose_device(device: str) -> torch.device:
+def choose_device(device: str) -> torch.device:
+    """The device asked for; ``auto`` takes cuda, else mps, else cpu.
+
+    Raises:
+        InputError: a device that this machine or this torch does not have.
+    """
     if device == "auto":
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device(best)

@@ -320,6 +320,11 @@ class FlowCache(Cache):
         if ids is not None:
             self._remember_ids(ids)
 
+    def begin_token(self, ids: Tensor) -> None:
+        """:meth:`begin_forward` for one generated token per row, ``[B, 1]``: text, and no padding."""
+        self._in_forward = True
+        self._remember_ids(ids)
+
     def _remember_ids(self, ids: Tensor) -> None:
         if self.ids is None:
             self.ids = Growing(ids, dim=1)
@@ -332,6 +337,11 @@ class FlowCache(Cache):
             return Prompt.of(announced, self.settings, in_chunks=True)
         end = visual.shape[1] if announced is None else announced
         return Prompt.of(PromptLayout.from_masks(visual[:, :end], valid[:, :end]), self.settings)
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether part of the prompt is still to come."""
+        return self._open_rows(self.get_seq_length()) > 0
 
     def _open_rows(self, seen: int) -> int:
         """Rows of the prompt that come after the first `seen`; none once all its layers went through.

@@ -141,10 +141,13 @@ class Run:
         ids = kwargs.get("input_ids")
         if ids is None:
             raise InputError("compress(...) finds visual tokens by their ids: pass input_ids, not inputs_embeds alone")
-        valid = valid_tokens(kwargs.get("attention_mask"), ids)
         if kwargs.get("position_ids") is None:
             restore_offsets(self._model, cache)
-        cache.begin_forward(visual_mask(self._config, ids), valid, ids)
+        if ids.shape[1] == 1 and cache.get_seq_length() > 0 and not cache.reads_prompt:
+            cache.begin_token(ids)
+        else:
+            valid = valid_tokens(kwargs.get("attention_mask"), ids)
+            cache.begin_forward(visual_mask(self._config, ids), valid, ids)
         self._latest = self._thread.cache = cache
         return cache
 
