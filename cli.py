@@ -893,6 +893,90 @@ def evaluation(**options: Any) -> None:
         click.echo(results.as_text(), nl=False)
 
 
+def _lengths(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
+    numbers = _kinds(context, parameter, value)
+    if not numbers or not all(number.isascii() and number.isdigit() and int(number) for number in numbers):
+        raise click.BadParameter(f"{value!r}: expected whole numbers such as 1024,4096")
+    return [int(number) for number in numbers]
+
+
+@cli.command()
+@click.option("--model", help="Alias, checkpoint directory or hub id.  [default: random weights of --shape]")
+@click.option("--shape", default="small", show_default=True, help="Of random weights: tiny, small, qwen2.5-vl-7b.")
+@click.option("--plan", help="Plan file or shipped name.  [default: every layer cross-modal]")
+@click.option("--tokens", default="1024,4096", show_default=True, callback=_lengths, help="Prompt lengths.")
+@click.option("--batch", default="1", show_default=True, callback=_lengths, help="Rows per prompt.")
+@click.option("--budgets", default="20%,100%", show_default=True, callback=_ratios, help="Shares of the prompt kept.")
+@PRESET_OPTION
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Prefills per cache.")
+@click.option("--new-tokens", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@click.option("--note", default="", help="Kept with the results, such as what else ran on the machine.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON there, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+@_loading_options
+def bench(
+    model: str | None,
+    shape: str,
+    plan: str | None,
+    tokens: list[int],
+    batch: list[int],
+    budgets: list[float],
+    preset: str | None,
+    rounds: int,
+    new_tokens: int,
+    threads: int | None,
+    note: str,
+    out: Path | None,
+    as_json: bool,
+    **loading: Any,
+) -> None:
+    """Measure prefill, time per token and memory against transformers' own caches, in turns."""
+    import json
+
+    from flowmm.plans import Plan, resolve_plan
+    from flowmm.plans.files import write_atomic
+
+    loaded_plan = None if plan is None else Plan.load(resolve_plan(plan))
+    import torch
+
+    from flowmm.models.random_weights import image_prompt
+    from flowmm.runtime import bench as measure
+
+    _calm_libraries()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    host = _bench_model(model, shape, loading)
+    bandwidth = measure.measured_bandwidth(host.device)
+    rows = []
+    for length in tokens:
+        for width in batch:
+            rows += measure.bench(
+                host,
+                image_prompt(host, length, width),
+                budgets=budgets,
+                plan=loaded_plan,
+                method=preset,
+                rounds=rounds,
+                new_tokens=new_tokens,
+                bandwidth=bandwidth,
+            )
+    described = json.dumps(measure.report(rows, host, bandwidth, note), indent=2)
+    if out is not None:
+        write_atomic(out, described + "\n")
+    click.echo(described if as_json else measure.table(rows))
+
+
+def _bench_model(model: str | None, shape: str, loading: Mapping[str, Any]) -> Any:
+    """A loaded model's transformers part, or random weights."""
+    from flowmm.models import load_model
+    from flowmm.models.random_weights import random_model
+
+    if model is not None:
+        return load_model(model, **loading).model
+    return random_model(shape, device=loading["device"], dtype=loading["dtype"])
+
+
 @cli.command()
 @click.argument("name", type=click.Choice(["rho", "inverted", "budgets", "theta", "ablation"]))
 @click.option("--model", default="pocket", show_default=True, help="Alias or checkpoint directory.")
