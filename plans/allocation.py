@@ -1,19 +1,25 @@
 """Layer budgets from measured sensitivity: entries go where a layer's curve says they save most.
 
-A curve tells what compressing one layer alone costs at several ratios. Costs of layers are taken as additive, and each
-curve is replaced by its lower convex hull, so that the greedy choice is the best one.
+A curve tells what compressing one layer alone costs at several ratios. Costs of layers are taken as additive. Each
+curve is smoothed, so that other prompts give about the same budgets, and replaced by its lower convex hull, so that the
+greedy choice is the best one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 Curve = Sequence[tuple[float, float]]
 
 # Slopes (nats per full layer of entries) below this are measurement noise: such layers share what is left evenly.
 FLAT = 1e-3
+# Standard deviation of the smoothing kernel in the logarithm of the ratio: about a factor of two.
+BANDWIDTH = 0.75
+SMOOTH_POINTS = 160
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,30 @@ class Step:
     layer: int
     width: float
     gain: float
+
+
+def smoothed(curve: Curve) -> list[tuple[float, float]]:
+    """`curve` on a fine grid from its smallest ratio to 1, where its cost is 0.
+
+    Costs fall over orders of magnitude, about by a power of the ratio, so that a line is fitted to log(cost + FLAT)
+    over log(ratio) around every point of the grid (local linear regression with a Gaussian kernel).
+    """
+    knots = [(math.log(ratio), math.log(cost + FLAT)) for ratio, cost in (*curve, (1.0, 0.0))]
+    low = min(x for x, _ in knots)
+    grid = [low * (1 - place / SMOOTH_POINTS) for place in range(SMOOTH_POINTS)]
+    costs = ((math.exp(x), max(0.0, math.exp(_local_line(knots, x)) - FLAT)) for x in grid)
+    return [*costs, (1.0, 0.0)]
+
+
+def _local_line(knots: Sequence[tuple[float, float]], at: float) -> float:
+    """Value at `at` of the weighted least-squares line through the knots, the near ones weighing most."""
+    weights = [math.exp(-0.5 * ((x - at) / BANDWIDTH) ** 2) for x, _ in knots]
+    total = math.fsum(weights)
+    mean_x = math.fsum(w * x for w, (x, _) in zip(weights, knots, strict=True)) / total
+    mean_y = math.fsum(w * y for w, (_, y) in zip(weights, knots, strict=True)) / total
+    spread = math.fsum(w * (x - mean_x) ** 2 for w, (x, _) in zip(weights, knots, strict=True))
+    slope = math.fsum(w * (x - mean_x) * (y - mean_y) for w, (x, y) in zip(weights, knots, strict=True)) / spread
+    return mean_y + slope * (at - mean_x)
 
 
 def lower_hull(curve: Curve) -> list[tuple[float, float]]:
@@ -49,7 +79,7 @@ def allocate(curves: Sequence[Curve], ratio: float) -> tuple[float, ...]:
 
     Every layer keeps at least the smallest measured ratio; below that total all layers are equal.
     """
-    hulls = [lower_hull(curve) for curve in curves]
+    hulls = [_hull(tuple(curve)) for curve in curves]
     floor = max(hull[0][0] for hull in hulls)
     if ratio <= floor:
         return (ratio,) * len(hulls)
@@ -60,6 +90,11 @@ def allocate(curves: Sequence[Curve], ratio: float) -> tuple[float, ...]:
         ratios[step.layer] += taken
         spare -= taken
     return _level(ratios, spare)
+
+
+@lru_cache(maxsize=1024)
+def _hull(curve: tuple[tuple[float, float], ...]) -> list[tuple[float, float]]:
+    return lower_hull(smoothed(curve))
 
 
 def _steps(hulls: Sequence[Sequence[tuple[float, float]]], floor: float) -> list[Step]:
