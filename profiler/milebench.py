@@ -12,6 +12,7 @@ from typing import Any
 from flowmm.errors import InputError
 from flowmm.models import build_messages
 from flowmm.models.messages import PLACEHOLDER
+from flowmm.profiler.samples import UnreadableSample
 
 # The one data set whose choices carry no letters.
 WITHOUT_LETTERS = "GPR1200"
@@ -63,38 +64,48 @@ def dataset_files(folder: Path) -> list[Path]:
     return sorted(file for child in folder.iterdir() if (file := child / f"{child.name}.json").is_file())
 
 
-def read_dataset(file: Path) -> list[MileBenchSample]:
-    """The samples of a data set's file, in order.
+def read_dataset(file: Path) -> list[MileBenchSample | UnreadableSample]:
+    """The samples of a data set's file, in order; a malformed one says in its place what is wrong with it.
 
     Raises:
-        InputError: the file cannot be read or does not follow the format.
+        InputError: the file cannot be read or is no MileBench file.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        instructions = content["meta_data"]["task_instruction"]
-        return [_sample(file, record, instructions) for record in content["data"]]
+        instructions, records = content["meta_data"]["task_instruction"], content["data"]
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{file}: not a MileBench file ({type(error).__name__}: {error}); expected meta_data.task_instruction and "
-            "data[].task_instance with context and images_path"
+            "data"
         ) from error
+    if not isinstance(records, list):
+        raise InputError(f"{file}: not a MileBench file; expected a list as data, found {type(records).__name__}")
+    return [_sample(file, number, record, instructions) for number, record in enumerate(records, start=1)]
 
 
-def _sample(file: Path, record: Mapping[str, Any], instructions: Any) -> MileBenchSample:
-    number, instance = int(record["task_instruction_id"]), record["task_instance"]
-    return MileBenchSample(
-        dataset=file.stem,
-        sample_id=str(record["sample_id"]),
-        instruction=str(instructions[str(number)] if isinstance(instructions, Mapping) else instructions[number]),
-        context=str(instance["context"]),
-        images=[file.parent / "images" / path for path in instance["images_path"]],
-        choices=[str(choice) for choice in instance.get("choice_list", [])],
-    )
+def _sample(file: Path, place: int, record: Any, instructions: Any) -> MileBenchSample | UnreadableSample:
+    try:
+        number, instance = int(record["task_instruction_id"]), record["task_instance"]
+        return MileBenchSample(
+            dataset=file.stem,
+            sample_id=str(record["sample_id"]),
+            instruction=str(instructions[str(number)] if isinstance(instructions, Mapping) else instructions[number]),
+            context=str(instance["context"]),
+            images=[file.parent / "images" / path for path in instance["images_path"]],
+            choices=[str(choice) for choice in instance.get("choice_list", [])],
+        )
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        name = record.get("sample_id") if isinstance(record, Mapping) else None
+        return UnreadableSample(
+            f"{file.stem}:{f'number {place}' if name is None else name}",
+            f"not a MileBench sample ({type(error).__name__}: {error}); expected sample_id, task_instruction_id, and "
+            "task_instance with context and images_path",
+        )
 
 
-def iterate(files: list[Path]) -> Iterator[MileBenchSample]:
+def iterate(files: list[Path]) -> Iterator[MileBenchSample | UnreadableSample]:
     """The samples of several data sets, one file in memory at a time."""
     for file in files:
         yield from read_dataset(file)

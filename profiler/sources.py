@@ -73,7 +73,10 @@ def _folder(path: Path, prompt: str) -> Source:
 def _milebench(files: list[Path]) -> Source:
     def read() -> Iterator[Sample]:
         for sample in milebench.iterate(files):
-            yield _sample_or_reason(f"{sample.dataset}:{sample.sample_id}", sample.messages)
+            if isinstance(sample, UnreadableSample):
+                yield sample
+            else:
+                yield _sample_or_reason(f"{sample.dataset}:{sample.sample_id}", sample.messages)
 
     return Source(read, sum(len(milebench.read_dataset(file)) for file in files))
 

@@ -206,11 +206,35 @@ def test_milebench_markers_and_images_need_not_match() -> None:
     assert shown == ["a.png", "c.png", "Do.\nsee ", "b.png", " ", "b.png"]
 
 
-def test_damaged_milebench_is_named(tmp_path: Path) -> None:
+def test_malformed_milebench_samples_are_skipped_and_named(tmp_path: Path) -> None:
     write_milebench(tmp_path, "StateChange")
     file = tmp_path / "StateChange" / "StateChange.json"
-    file.write_text(file.read_text().replace('"context"', '"contexts"'))
-    with pytest.raises(InputError, match=r"StateChange\.json: not a MileBench file.*context"):
+    content = json.loads(file.read_text())
+    good = content["data"][0]
+    without = good | {"sample_id": 8, "task_instance": {"images_path": []}}
+    content["data"] = [without, good, "text", good | {"sample_id": 9, "task_instruction_id": "5"}]
+    file.write_text(json.dumps(content))
+    prompts = open_calibration([str(tmp_path)])
+    assert length_hint(prompts, -1) == 4
+    samples = list(prompts)
+    assert [sample.name for sample in samples] == [
+        "StateChange:8",
+        "StateChange:7",
+        "StateChange:number 3",
+        "StateChange:9",
+    ]
+    assert [isinstance(sample, UnreadableSample) for sample in samples] == [True, False, True, True]
+    assert isinstance(samples[0], UnreadableSample)
+    assert samples[0].reason.startswith("not a MileBench sample (KeyError: 'context'); expected")
+    with pytest.raises(InputError, match="StateChange:8: not a MileBench sample"):
+        load_calibration(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"meta_data": {"task_instruction": []}, "data": {}}'])
+def test_damaged_milebench_file_is_named(tmp_path: Path, text: str) -> None:
+    write_milebench(tmp_path, "StateChange")
+    (tmp_path / "StateChange" / "StateChange.json").write_text(text)
+    with pytest.raises(InputError, match=r"StateChange\.json: not a MileBench file"):
         load_calibration(str(tmp_path))
 
 
