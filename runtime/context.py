@@ -178,7 +178,10 @@ def _settings(plan: Plan, method: MethodParameters, budget: Budget, check: Check
 
 
 def _planned_rho(layer: LayerPlan) -> PlannedRho | None:
-    return None if layer.rho is None else PlannedRho(layer.rho.mean, layer.rho.std)
+    if layer.rho is None:
+        return None
+    decides = layer.mode == "online" or not (layer.forced or layer.mode_was_measured)
+    return PlannedRho(layer.rho.mean, layer.rho.std, decides)
 
 
 def _chosen_method(plan: Plan, method: MethodParameters | str | None) -> MethodParameters:
@@ -238,6 +241,11 @@ def compress(
         plan = Plan.load(resolve_plan(os.fspath(plan)))
     if check not in (None, "warn", "error", "adapt"):
         raise InputError(f"check={check!r}: expected 'warn', 'error', 'adapt' or None")
+    if check == "adapt" and plan.method.rho_kind != "raw":
+        raise InputError(
+            f"check='adapt' decides by raw rho, but this plan's modes were decided by {plan.method.rho_kind!r}; use "
+            "'warn' or 'error', or a plan profiled with rho_kind 'raw'"
+        )
     chosen = _chosen_method(plan, method)
     asked = validate_budget(plan.method.budget if budget is None else budget)
     _refuse_unsupported_model(model)

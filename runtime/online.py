@@ -24,18 +24,23 @@ class FlowDriftWarning(UserWarning):
 
 @dataclass(frozen=True)
 class PlannedRho:
-    """Mean and standard deviation over calibration prompts."""
+    """Mean and standard deviation of a layer's raw rho over calibration prompts.
+
+    `decides`: its mode came from comparing raw rho with theta, so that a prompt's own rho may decide otherwise.
+    """
 
     mean: float
     std: float
+    decides: bool = True
 
 
 @dataclass(frozen=True)
 class OnlineCheck:
     """Compare rho measured on this prompt with the plan.
 
-    A layer is reported when ``|rho - mean| > max(tolerance, sigmas * sqrt(std^2 + se^2))``, with the plan's spread
-    over prompts and the standard error of the row sample.
+    Compared is raw rho (eq. 6), whatever estimate decided the modes. A layer is reported when
+    ``|rho - mean| > max(tolerance, sigmas * sqrt(std^2 + se^2))``, with the plan's spread over prompts and the standard
+    error of the row sample.
 
     Attributes:
         action: ``warn`` (:class:`FlowDriftWarning`), ``error`` (:class:`flowmm.errors.DriftError` once the prefill is
@@ -49,8 +54,12 @@ class OnlineCheck:
     sigmas: float = 4.0
 
     def adapt(self, cross: Tensor, rho: RhoEstimate, layer: int, method: MethodParameters) -> Tensor:
-        """``[B]`` bool: the mode to use; ``adapt`` changes it where rho is clear of theta by 2 standard errors."""
-        if self.action != "adapt" or method.flow != "on" or self.planned[layer] is None:
+        """``[B]`` bool: the mode to use; ``adapt`` changes it where rho is clear of theta by 2 standard errors.
+
+        A mode that a person forced, or that was measured to cost less, stays.
+        """
+        planned = self.planned[layer]
+        if self.action != "adapt" or method.flow != "on" or planned is None or not planned.decides:
             return cross
         clear = (rho.rho - method.theta).abs() > 2 * rho.standard_error
         return torch.where(clear, rho.rho > method.theta, cross)

@@ -15,6 +15,7 @@ import flowmm
 from flowmm.errors import BudgetError, DriftError, FlowmmError, InputError, PlanMismatchError, UnsupportedModelError
 from flowmm.models import fingerprint_model
 from flowmm.plans import LayerPlan, MethodParameters, Plan, RhoStatistics, unprofiled_plan
+from flowmm.plans.choices import LayerChoice
 from flowmm.profiler import record_flow
 from flowmm.runtime import FlowDriftWarning, PlanFitWarning
 
@@ -237,6 +238,25 @@ def test_check_names_the_layer_that_left_the_plan(model: Any, plan: Plan) -> Non
         model(**tiny_inputs(PROMPT))
     assert planned.report.layers[2].mode == "intra"
     assert adapted.report.layers[2].mode == "cross"
+
+
+def test_adapt_leaves_modes_alone_that_rho_did_not_decide(model: Any, plan: Plan) -> None:
+    means = measured_rho(model, plan)
+    means[1] = means[2] = 0.02
+    drifted = planned_rho(plan, means)
+    choice = LayerChoice(mode="intra", cost=(1.0, 0.5))
+    changes = {1: {"forced": True}, 2: {"choice": choice}}
+    layers = [layer.model_copy(update=changes.get(layer.index, {})) for layer in drifted.layers]
+    with flowmm.compress(model, drifted.model_copy(update={"layers": tuple(layers)}), check="adapt") as run:
+        model(**tiny_inputs(PROMPT))
+    assert [run.report.layers[layer].mode for layer in (1, 2)] == ["intra", "intra"]
+    assert len(run.report.findings) == 2
+
+
+def test_adapt_needs_a_plan_decided_by_raw_rho(model: Any, plan: Plan) -> None:
+    by_lift = plan.model_copy(update={"method": plan.method.model_copy(update={"rho_kind": "lift"})})
+    with pytest.raises(InputError, match="decided by 'lift'"), flowmm.compress(model, by_lift, check="adapt"):
+        pass
 
 
 class LargestTensor(TorchDispatchMode):
