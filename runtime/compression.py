@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from flowmm.plans import MethodParameters, Mode
-from flowmm.plans.method import MASS_RULES, parse_rule
+from flowmm.plans.method import MASS_RULES, TAU_RULES, parse_rule
 from flowmm.runtime.importance import proxy_importance
-from flowmm.runtime.matching import Assignment, assign, tau_threshold
+from flowmm.runtime.matching import Assignment, MatchingRules, assign, named_threshold
 from flowmm.runtime.merging import MASS_OPERATORS, MergedEntries, merge
 from flowmm.runtime.pivots import Pivots, complement, entries_at, select_pivots
 from flowmm.runtime.prompt import PromptLayout, Proxies
@@ -193,14 +193,64 @@ def _assign(
     proxies: Proxies,
     method: MethodParameters,
 ) -> Assignment:
-    layout, at_pivots = view.layout, view.importance.gather(2, pivots.index)
-    leaving = max(length - count for length, count in zip(layout.lengths, counts, strict=True))
-    free = pivots.filled & ~view.forced.gather(2, pivots.index)
-    rule = method.tau if method.gate else "none"
-    tau = tau_threshold(rule, at_pivots, free, layout.valid.sum(-1), proxies.used.sum(-1))
-    compared = view.key if method.key_space == "post_rope" else view.content
-    evicted = complement(pivots, layout.valid, leaving)
-    return assign(compared, layout.visual, view.importance, pivots, evicted, forced, cross, tau, method)
+    layout = view.layout
+    name, number = parse_rule(method.tau if method.gate else "none", TAU_RULES)
+    return match(
+        _compared(view, method),
+        view.importance,
+        layout.visual,
+        layout.valid,
+        forced,
+        cross,
+        proxies.used.sum(-1),
+        number or 0.0,
+        name,
+        _leaving(layout, counts),
+        pivots,
+        method,
+    )
+
+
+def _leaving(layout: PromptLayout, counts: tuple[int, ...]) -> int:
+    """The largest number of entries that leave any row."""
+    return max(length - count for length, count in zip(layout.lengths, counts, strict=True))
+
+
+def _compared(view: LayerView, method: MethodParameters) -> Tensor:
+    return view.key if method.key_space == "post_rope" else view.content
+
+
+def match(
+    compared: Tensor,
+    importance: Tensor,
+    visual: Tensor,
+    valid: Tensor,
+    forced: Tensor,
+    cross: Tensor,
+    n_proxies: Tensor,
+    tau: float | Tensor,
+    tau_rule: str,
+    leaving: int,
+    pivots: Pivots,
+    rules: MatchingRules,
+) -> Assignment:
+    """Gated matching of everything that is not a pivot.
+
+    Args:
+        compared: ``[B, Hkv, L, D]`` keys whose cosines count.
+        importance: ``[B, Hkv, L]`` fp32.
+        visual, valid, forced: ``[B, L]`` bool.
+        cross: ``[B]`` bool.
+        n_proxies: ``[B]`` proxies of each row.
+        tau, tau_rule: see :func:`flowmm.runtime.matching.named_threshold`.
+        leaving: the largest number of entries that leave any row.
+    """
+    can_absorb = pivots.filled & ~forced[:, None].expand_as(importance).gather(2, pivots.index)
+    at_pivots = importance.gather(2, pivots.index)
+    threshold = named_threshold(tau_rule, tau, at_pivots, can_absorb, valid.sum(-1), n_proxies)
+    return assign(
+        compared, visual, importance, pivots, complement(pivots, valid, leaving), forced, cross, threshold, rules
+    )
 
 
 def _masses(view: LayerView, method: MethodParameters) -> Tensor:

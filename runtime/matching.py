@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from flowmm.plans.method import TAU_RULES, MethodParameters, parse_rule
+from flowmm.plans.method import TAU_RULES, parse_rule
 from flowmm.runtime.pivots import Pivots, entries_at
 
 NORM_FLOOR = 1e-6
 NO_TARGET = -1
+# Far below any cosine.
+FORBIDDEN = -8.0
+
+
+class MatchingRules(Protocol):
+    """What matching takes from :class:`flowmm.plans.MethodParameters`."""
+
+    @property
+    def gate(self) -> bool: ...
+
+    @property
+    def gate_action(self) -> str: ...
+
+    @property
+    def fallback(self) -> str: ...
+
+    @property
+    def cross_scope(self) -> str: ...
+
+    @property
+    def min_sim(self) -> float | Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -47,10 +69,19 @@ class Assignment:
 
 
 def tau_threshold(rule: str, importance: Tensor, free: Tensor, lengths: Tensor, n_proxies: Tensor) -> Tensor:
+    """:func:`named_threshold` of a rule ``abs:x | mean_mult:c | pivot_quantile:q | mass:mu | none``."""
+    name, number = parse_rule(rule, TAU_RULES)
+    return named_threshold(name, number or 0.0, importance, free, lengths, n_proxies)
+
+
+def named_threshold(
+    name: str, number: float | Tensor, importance: Tensor, free: Tensor, lengths: Tensor, n_proxies: Tensor
+) -> Tensor:
     """Sensitivity threshold per row and KV head; a pivot absorbs only if its importance is at most tau (eq. 10).
 
     Args:
-        rule: ``abs:x | mean_mult:c | pivot_quantile:q | mass:mu | none``.
+        name: ``abs | mean_mult | pivot_quantile | mass | none``.
+        number: the rule's number; as a tensor, compiled code serves all its values.
         importance: ``[B, Hkv, N]`` of the pivots.
         free: ``[B, Hkv, N]`` bool, pivots that are neither forced nor empty.
         lengths: ``[B]`` prompt lengths.
@@ -59,13 +90,12 @@ def tau_threshold(rule: str, importance: Tensor, free: Tensor, lengths: Tensor, 
     Returns:
         ``[B, Hkv, 1]`` fp32.
     """
-    name, number = parse_rule(rule, TAU_RULES)
     shape = (*importance.shape[:2], 1)
-    if number is None:
-        return importance.new_full(shape, float("inf"))
     match name:
+        case "none":
+            return importance.new_full(shape, float("inf"))
         case "abs":
-            return importance.new_full(shape, number)
+            return importance.new_zeros(shape) + number
         case "mean_mult":
             return (number * n_proxies / lengths).to(importance)[:, None, None].expand(shape)
         case "pivot_quantile":
@@ -74,7 +104,7 @@ def tau_threshold(rule: str, importance: Tensor, free: Tensor, lengths: Tensor, 
             return _mass_threshold(importance, free, number)
 
 
-def _masked_quantile(values: Tensor, mask: Tensor, q: float) -> Tensor:
+def _masked_quantile(values: Tensor, mask: Tensor, q: float | Tensor) -> Tensor:
     """Linear-interpolated quantile over the masked entries of the last dimension (numpy's default definition)."""
     ordered = values.masked_fill(~mask, float("inf")).sort(dim=-1).values
     rank = q * (mask.sum(-1, keepdim=True) - 1).clamp(min=0)
@@ -85,7 +115,7 @@ def _masked_quantile(values: Tensor, mask: Tensor, q: float) -> Tensor:
     return torch.where(low == high, below, below + (above - below) * (rank - low))
 
 
-def _mass_threshold(values: Tensor, mask: Tensor, share: float) -> Tensor:
+def _mass_threshold(values: Tensor, mask: Tensor, share: float | Tensor) -> Tensor:
     """Largest importance outside the smallest top set that holds `share` of the free pivots' importance."""
     ordered = values.masked_fill(~mask, float("-inf")).sort(dim=-1, descending=True).values
     mass = ordered.clamp(min=0).cumsum(-1)
@@ -116,19 +146,31 @@ def nearest_pivot(
         target ``[B, Hkv, E]`` long (-1: none) and similarity ``[B, Hkv, E]`` fp32 (-inf: none). The smaller slot wins
         ties.
     """
-    dim, slots = pivot_keys.shape[-2:][::-1]
-    block = max(16, dim * (evicted_keys.shape[2] + slots) // max(slots, 1))
-    penalty = torch.zeros_like(admissible, dtype=torch.float32).masked_fill_(~admissible, float("-inf"))
-    targets, similarities = [], []
-    for keys, classes in zip(evicted_keys.split(block, 2), evicted_class.split(block, 2), strict=True):
-        cosine = keys @ pivot_keys.transpose(-1, -2)
-        cosine += entries_at(penalty, classes)
-        best = cosine.max(dim=-1)
-        targets.append(best.indices)
-        similarities.append(best.values)
-    similarity = torch.cat(similarities, 2).masked_fill(~allowed, float("-inf"))
-    target = torch.cat(targets, 2)
-    return torch.where(similarity == float("-inf"), NO_TARGET, target), similarity
+    # Two further columns carry the modality rule, so that it costs no pass over the products: an entry has a 1 in its
+    # class's column, a pivot that class may not join has a penalty there that no cosine makes up for.
+    classes = torch.stack([evicted_class == 0, evicted_class == 1], dim=-1).to(evicted_keys.dtype)
+    penalty = torch.where(admissible, 0.0, FORBIDDEN).to(pivot_keys.dtype)
+    entries = torch.cat([evicted_keys, classes], dim=-1)
+    pivots = torch.cat([pivot_keys.transpose(-1, -2), penalty], dim=2)
+    count = _blocks(evicted_keys.shape[2], pivot_keys.shape[2], pivot_keys.shape[3])
+    size = -(-evicted_keys.shape[2] // count)
+    padded = torch.nn.functional.pad(entries, (0, 0, 0, count * size - entries.shape[2]))
+    best = [(padded[:, :, block * size : (block + 1) * size] @ pivots).max(dim=-1) for block in range(count)]
+    similarity = torch.cat([values for values, _ in best], 2)[:, :, : entries.shape[2]]
+    target = torch.cat([indices for _, indices in best], 2)[:, :, : entries.shape[2]]
+    found = allowed & (similarity > FORBIDDEN / 2)
+    return torch.where(found, target, NO_TARGET), similarity.masked_fill(~found, float("-inf"))
+
+
+def _blocks(evicted: int, kept: int, dim: int) -> int:
+    """Blocks of entries, so many that the products of one take no more memory than the keys of all entries.
+
+    A power of 4 times 16: compiled code is made for a number of blocks, and serves prompts of many lengths.
+    """
+    count = 16
+    while evicted * kept > count * dim * (evicted + kept):
+        count *= 4
+    return count
 
 
 def assign(
@@ -140,7 +182,7 @@ def assign(
     forced: Tensor,
     cross: Tensor,
     tau: Tensor,
-    method: MethodParameters,
+    method: MatchingRules,
 ) -> Assignment:
     """Gated matching of one layer (eq. 9-10).
 
@@ -188,7 +230,7 @@ def assign(
     )
 
 
-def _modality_rule(pivot_visual: Tensor, cross: Tensor, method: MethodParameters) -> Tensor:
+def _modality_rule(pivot_visual: Tensor, cross: Tensor, method: MatchingRules) -> Tensor:
     """``[B, Hkv, 2, N]`` bool: may a text (0) or visual (1) entry join this pivot, by the layer's mode."""
     same = torch.stack([~pivot_visual, pivot_visual], dim=2)
     when_cross = torch.ones_like(same) if method.cross_scope == "any" else ~same
