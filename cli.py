@@ -245,7 +245,7 @@ def _paired_changes(
     prompts = [plan.calibration and plan.calibration.n_samples for plan in plans]
     if records is None and (prompts[0] != prompts[1] or not all(path.is_file() for path in beside)):
         return None
-    from flowmm.profiler.drift import paired_changes
+    from flowmm.profiler.prompt_rho import paired_changes
 
     if records is not None:
         return paired_changes(*plans, *records)
@@ -345,8 +345,9 @@ def _note(message: str) -> None:
 @contextlib.contextmanager
 def _warnings_as_notes() -> Generator[None]:
     """What flowmm warns about, as one line on stderr; other libraries' warnings as they come."""
-    from flowmm.runtime import FlowDriftWarning, PlanFitWarning
+    from flowmm.runtime import FlowDriftWarning, NoCompilerWarning, PlanFitWarning
 
+    ours = (FlowDriftWarning, NoCompilerWarning, PlanFitWarning)
     show = warnings.showwarning
 
     def show_note(
@@ -357,13 +358,13 @@ def _warnings_as_notes() -> Generator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if issubclass(category, (FlowDriftWarning, PlanFitWarning)):
+        if issubclass(category, ours):
             _note(f"warning: {message}")
         else:
             show(message, category, filename, lineno, file, line)
 
     with warnings.catch_warnings():
-        for category in (FlowDriftWarning, PlanFitWarning):
+        for category in ours:
             warnings.simplefilter("always", category)
         warnings.showwarning = show_note  # ty: ignore[invalid-assignment]
         yield
@@ -660,12 +661,13 @@ def check(
     from flowmm.profiler import drift
     from flowmm.profiler.kernel_caches import bound_kernel_caches
     from flowmm.profiler.progress import shown_progress
+    from flowmm.profiler.prompt_rho import prompt_rho
     from flowmm.runtime.generation import load_planned_model
 
     prompts, source, seed = drift.planned_prompts(
         agreed, data, limit=limit, seed=seed, prompt=prompt, photo_size=agreed.model.source != "pocket"
     )
-    old_rho = drift.prompt_rho(agreed, path, records, _note)
+    old_rho = prompt_rho(agreed, path, records, _note)
     bound_kernel_caches()
     _calm_libraries()
     if loading["dtype"] == "auto":
@@ -702,6 +704,7 @@ def check(
 )
 @click.option("--compare", is_flag=True, help="Answer on the full cache, too, and show both.")
 @click.option("--no-compress", is_flag=True, help="Answer on the full cache only.")
+@click.option("--compile/--no-compile", "compiled", default=None, help="Merge with compiled code.  [default: on a GPU]")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: greedy.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample from this share of probability.")
@@ -722,6 +725,7 @@ def run(
     check: Any,
     compare: bool,
     no_compress: bool,
+    compiled: bool | None,
     max_new_tokens: int,
     temperature: float,
     top_p: float | None,
@@ -749,7 +753,7 @@ def run(
     sampling = generation.Sampling(max_new_tokens, temperature, top_p, seed)
     compression = None
     if loaded_plan is not None and not no_compress:
-        compression = generation.Compression(loaded_plan, budget, preset, check)
+        compression = generation.Compression(loaded_plan, budget, preset, check, compiled)
     streaming = sys.stdout.isatty() if stream is None else stream
     on_text = (lambda piece: click.echo(piece, nl=False)) if streaming and not (as_json or compare) else None
     comparison = None

@@ -13,7 +13,7 @@ from flowmm.errors import InputError
 from flowmm.models import LoadedModel
 from flowmm.plans import LayerPlan, Plan, scale_budgets
 from flowmm.plans.budget_rules import MEASURED_RULES, BudgetRule, rule_shares
-from flowmm.profiler.profile import Progress
+from flowmm.profiler.profiling import Progress
 from flowmm.profiler.samples import CalibrationSample, Sample
 from flowmm.profiler.sensitivity import aware
 from flowmm.runtime.importance import rows_attention

@@ -20,7 +20,7 @@ from flowmm.models import LoadedModel
 from flowmm.plans import LayerPlan, MethodParameters, Plan, SensitivityFingerprint
 from flowmm.plans.choices import LayerChoice
 from flowmm.plans.diff_statistics import Moments, holm, paired_p
-from flowmm.profiler.profile import Progress
+from flowmm.profiler.profiling import Progress
 from flowmm.profiler.samples import Sample
 from flowmm.profiler.sensitivity import MIXED, Variant, measure_costs, measure_sensitivity, with_measured_budgets
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from flowmm.profiler.profile import Progress
+from flowmm.profiler.profiling import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
 # Updates that the rate is taken over.

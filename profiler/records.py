@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flowmm.errors import InputError
-from flowmm.profiler.recorder import LayerFlow, PromptFlow
+from flowmm.profiler.flows import LayerFlow, PromptFlow
 
 IDENTITY_KEY = b"flowmm.identity"
 # A finished prompt waits this long, or for this many others, before it is on disk.

@@ -17,7 +17,7 @@ from flowmm.errors import InputError
 from flowmm.models import LoadedModel
 from flowmm.plans import LayerPlan, MethodParameters, Mode, Plan, SensitivityFingerprint
 from flowmm.plans.allocation import allocate
-from flowmm.profiler.profile import Progress
+from flowmm.profiler.profiling import Progress
 from flowmm.profiler.samples import CalibrationSample, Sample
 from flowmm.runtime.budgets import entry_budget
 from flowmm.runtime.cache import CompressionSettings, FlowCache

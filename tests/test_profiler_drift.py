@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,8 @@ from flowmm.errors import InputError, PlanMismatchError
 from flowmm.models import LoadedModel, load_model
 from flowmm.plans import LayerPlan, Plan, PlanDiff, decide_mode, diff
 from flowmm.profiler import CalibrationSample, load_calibration, profile
-from flowmm.profiler.drift import PromptRho, Rule, as_planned, check, paired_changes, planned_prompts
+from flowmm.profiler.drift import Rule, as_planned, check, planned_prompts
+from flowmm.profiler.prompt_rho import PromptRho, paired_changes
 
 PROMPTS = 6
 RECORDS = "pocket.records.parquet"
@@ -72,20 +75,36 @@ def test_same_model_and_prompts_are_no_change(checked: Callable[..., PlanDiff], 
     assert difference.max_abs_rho == pytest.approx(0, abs=1e-4)
 
 
+def rho_of(plan: Plan) -> list[float]:
+    return [layer.rho.mean for layer in plan.layers if layer.rho is not None]
+
+
 def test_one_perturbed_layer_is_found_without_the_fingerprint(
-    checked: Callable[..., PlanDiff], model: LoadedModel
+    checked: Callable[..., PlanDiff], model: LoadedModel, plan: Plan
 ) -> None:
+    """Without queries a layer attends uniformly: that is drift where its rho was far from chance."""
+    lifts = [layer.rho.lift_mean or 1.0 for layer in plan.layers if layer.rho is not None]
+    distances = [abs(rho - rho / lift) for rho, lift in zip(rho_of(plan), lifts, strict=True)]
+    broken = distances.index(max(distances))
     with torch.no_grad():
-        decoder(model)[2].self_attn.q_proj.weight *= 2
-    assert drifted_layers(checked(model, fail_on={"rho"})) == {2}
+        for parameter in decoder(model)[broken].self_attn.q_proj.parameters():
+            parameter.zero_()
+    found = drifted_layers(checked(model, fail_on={"rho"}))
+    assert broken in found
+    assert min(found) == broken, "layers before it see the same"
 
 
-def test_swapped_layers_are_found_without_the_fingerprint(checked: Callable[..., PlanDiff], model: LoadedModel) -> None:
-    layers = decoder(model)
-    second, third = ({name: t.clone() for name, t in layers[i].state_dict().items()} for i in (2, 3))
-    layers[2].load_state_dict(third)
-    layers[3].load_state_dict(second)
-    assert drifted_layers(checked(model, fail_on={"rho"})) == {2, 3}
+def test_swapped_layers_are_found_without_the_fingerprint(
+    checked: Callable[..., PlanDiff], model: LoadedModel, plan: Plan
+) -> None:
+    layers, rho = decoder(model), rho_of(plan)
+    first = max(range(len(rho) - 1), key=lambda layer: abs(rho[layer + 1] - rho[layer]))
+    states = [{name: t.clone() for name, t in layers[first + i].state_dict().items()} for i in (0, 1)]
+    for layer, state in zip((first + 1, first), states, strict=True):
+        layers[layer].load_state_dict(state)
+    found = drifted_layers(checked(model, fail_on={"rho"}))
+    assert found
+    assert min(found) in (first, first + 1)
 
 
 def test_a_fine_tune_is_model_drift_even_if_rho_stays(checked: Callable[..., PlanDiff], model: LoadedModel) -> None:
@@ -103,7 +122,7 @@ def test_another_image_size_is_found(
     checked: Callable[..., PlanDiff], model: LoadedModel, samples: list[CalibrationSample]
 ) -> None:
     def enlarged(part: dict[str, Any]) -> dict[str, Any]:
-        return {**part, "image": part["image"].resize((64, 64))} if part["type"] == "image" else part
+        return {**part, "image": part["image"].resize((96, 96))} if part["type"] == "image" else part
 
     larger = [
         replace(s, messages=[{**m, "content": [enlarged(part) for part in m["content"]]} for m in s.messages])
@@ -111,7 +130,7 @@ def test_another_image_size_is_found(
     ]
     difference = checked(model, larger)
     assert not difference.paired
-    assert drifted_layers(difference) >= {0, 1, 4, 5}
+    assert len(drifted_layers(difference)) > 1
 
 
 def test_another_chat_template_is_found_where_it_moves_rho(
@@ -119,7 +138,7 @@ def test_another_chat_template_is_found_where_it_moves_rho(
 ) -> None:
     template = str(model.chat_template or model.tokenizer.chat_template)
     wordy = "Look at every picture with care before you say anything at all about any of them. " * 2
-    assert drifted_layers(checked(replace(model, chat_template=wordy + template))) >= {0, 1, 2}
+    assert len(drifted_layers(checked(replace(model, chat_template=wordy + template)))) > 1
     spaced = checked(replace(model, chat_template=template + " "))
     assert not spaced.drifted
     assert ("calibration", "chat_template_sha256") in {change.path for change in spaced.changes}
@@ -192,15 +211,19 @@ def test_check_command(folder: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert cli.main(["check", "--plan", "pocket.json", "-q"]) == 0
     assert "paired" in (text := capsys.readouterr().out) or "no change" in text
     moved = Plan.load("pocket.json").as_json()
-    moved["layers"][4]["rho"]["mean"] = 0.4
+    # Further from theta, so that the mode stays.
+    shifted = moved["layers"][4]["rho"]["mean"] + (0.2 if moved["layers"][4]["mode"] == "cross" else -0.2)
+    moved["layers"][4]["rho"]["mean"] = shifted = round(min(max(shifted, 0.0), 1.0), 3)
     Plan.loads(json.dumps(moved)).save("moved.json")
     monkeypatch.setenv("GITHUB_OUTPUT", str(folder / "outputs"))
     assert cli.main(["check", "--plan", "moved.json", "--format", "github", "-q"]) == 1
     output = capsys.readouterr()
     line = next(n for n, row in enumerate(Path("moved.json").read_text().splitlines(), 1) if '"index": 4' in row)
-    assert output.out.startswith(f"::error file=moved.json,line={line},title=flowmm drift::layer 4 rho 0.4 → 0.4")
+    assert output.out.startswith(
+        f"::error file=moved.json,line={line},title=flowmm drift::layer 4 rho {shifted:g} → 0."
+    )
     assert output.err.startswith("flowmm: drift: 1 of")
-    assert Path("outputs").read_text().startswith("drift=true\nmax_abs_rho=0.0")
+    assert Path("outputs").read_text().startswith("drift=true\nmax_abs_rho=0.")
 
 
 @pytest.mark.parametrize("arguments", [["--fail-on", "colour"], ["--tol", "2"], ["--alpha", "0"], ["--seed", "-1"]])
@@ -228,6 +251,17 @@ def test_diff_pairs_by_records(folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert cli.main(["diff", plan, str(noted), "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["test"] == "welch"
     assert cli.main(["diff", plan, str(noted), "--records", records, plan]) == 2
+
+
+def test_comparing_records_loads_no_torch(folder: Path) -> None:
+    plan, records = str(folder / "pocket.json"), str(folder / RECORDS)
+    command = ["diff", plan, plan, "--records", records, records]
+    code = (
+        f"import sys; from flowmm.cli import main; code = main({command!r}); "
+        "print(code, {'torch', 'scipy', 'transformers'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "0 set()"
 
 
 def simulated(plan: Plan, rho: np.ndarray) -> Plan:
