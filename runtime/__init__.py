@@ -1,6 +1,7 @@
 """The online half: compress a prompt's KV cache layer by layer and decode on what is left."""
 
 from flowmm.runtime.cache import CompressionSettings, FlowCache
+from flowmm.runtime.compiled import NoCompilerWarning
 from flowmm.runtime.context import PlanFitWarning, Run, compress
 from flowmm.runtime.online import FlowDriftWarning, OnlineCheck
 from flowmm.runtime.report import LayerReport, RunReport
@@ -10,6 +11,7 @@ __all__ = [
     "FlowCache",
     "FlowDriftWarning",
     "LayerReport",
+    "NoCompilerWarning",
     "OnlineCheck",
     "PlanFitWarning",
     "Run",

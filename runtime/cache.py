@@ -15,7 +15,7 @@ from flowmm.errors import FlowmmError, InputError
 from flowmm.plans import MethodParameters, Mode
 from flowmm.runtime.attention import attend_compressed
 from flowmm.runtime.budgets import Entries
-from flowmm.runtime.compression import compress_layer, cross_rows
+from flowmm.runtime.compression import MergeOperation, compress_layer, cross_rows
 from flowmm.runtime.flow import sample_rows, sampled_rho
 from flowmm.runtime.growing import Growing
 from flowmm.runtime.layer import FlowLayer
@@ -44,6 +44,7 @@ class CompressionSettings:
         recompress_every: tokens after which a conversation is compressed again to its budget; ``None``: never.
         layer_methods: options of each layer where they differ from `method`; empty: they differ in none.
         visual_ids: tokens that stand for visual features.
+        operation: merges each layer of a prompt in one go; ``None``: step by step.
     """
 
     method: MethodParameters
@@ -55,6 +56,7 @@ class CompressionSettings:
     recompress_every: int | None = None
     layer_methods: tuple[MethodParameters, ...] = ()
     visual_ids: tuple[int, ...] = ()
+    operation: MergeOperation | None = None
 
     def method_of(self, layer: int) -> MethodParameters:
         """Options of one layer."""
@@ -444,7 +446,19 @@ class FlowCache(Cache):
         # A padded layer goes through even when it keeps everything: its padding must leave.
         if not prompt.whole and (counts != layout.lengths or layout.padded):
             compressed = compress_layer(
-                query, key, value, layout, prompt.proxies, counts, cross, method, scaling, rotary, layer, shared
+                query,
+                key,
+                value,
+                layout,
+                prompt.proxies,
+                counts,
+                cross,
+                method,
+                scaling,
+                rotary,
+                layer,
+                shared,
+                operation=settings.operation,
             )
             states.replace_prompt(compressed, prompt.width)
         bytes_after = states.bytes_per_entry * (prompt.width if compressed is None else max(counts))

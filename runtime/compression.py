@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -19,6 +20,9 @@ from flowmm.runtime.prompt import PromptLayout, Proxies
 from flowmm.runtime.rotary import Rotary
 from flowmm.runtime.selection import LayerView, column_mean_score, selection_scores
 from flowmm.runtime.shared import Shared
+
+MergeOperation = Callable[..., tuple[MergedEntries, Assignment]]
+"""See :class:`flowmm.runtime.compiled.MergeLayer`."""
 
 # Parameters that a stage's outcome does not depend on, beside what decides the mode: `cross` and `counts` say it all.
 _DECIDED = frozenset({"preset", "budget", "theta", "rho_kind", "flow"})
@@ -103,6 +107,7 @@ def compress_layer(
     layer: int = 0,
     shared: Shared | None = None,
     bias: Tensor | None = None,
+    operation: MergeOperation | None = None,
 ) -> CompressedLayer:
     """Compress the prompt's entries of one layer (eq. 5 and 8-10).
 
@@ -120,6 +125,7 @@ def compress_layer(
         shared: of this layer of this prompt, for all its compressions; they take from each other what they have in
             common. Their tensors must not be changed in place.
         bias: ``[B, Hkv, L]``, finite, logit bias of entries that absorbed others before.
+        operation: selects pivots, matches and merges in one go; not together with `shared`.
     """
     # What tells modes apart must be read from the device; a compression on its own need not know.
     modes = () if shared is None else tuple(cross.tolist())
@@ -148,6 +154,10 @@ def compress_layer(
             reduce=method.gqa_reduce,
             shared=known,
         )
+        if operation is not None:
+            scores = selection_scores(view, method)
+            entries, assignment = operation(view, scores, value, forced, kept, counts, cross, proxies, method)
+            return _completed(view, entries, counts, assignment, method, bias)
         pivots = known.once(
             ("pivots", counts, _parameters(method, _DECIDED | _AFTER_SELECTION)),
             lambda: select_pivots(selection_scores(view, method), forced, layout.valid, kept, max(counts)),
@@ -156,7 +166,9 @@ def compress_layer(
             ("assignment", counts, modes, _parameters(method, unused | _AFTER_MATCHING)),
             lambda: _assign(view, pivots, forced, counts, cross, proxies, method),
         )
-        return _compressed(view, value, counts, assignment, method, bias)
+        key_states = merged_keys(view, method)
+        entries = merge(method.merge, key_states, value, masses_of(view, method), assignment)
+        return _completed(view, entries, counts, assignment, method, bias)
 
     return known.once(("compressed", counts, modes, _parameters(method, unused)), compress)
 
@@ -166,20 +178,23 @@ def _parameters(method: MethodParameters, unused: frozenset[str]) -> tuple[Any, 
     return tuple(value for name, value in method if name not in unused)
 
 
-def _compressed(
+def _completed(
     view: LayerView,
-    value: Tensor,
+    entries: MergedEntries,
     counts: tuple[int, ...],
     assignment: Assignment,
     method: MethodParameters,
     bias_before: Tensor | None,
 ) -> CompressedLayer:
-    entries, pivots = _merge(view, value, assignment, method), assignment.pivots
+    """Merged keys in their places, biases of earlier merges carried on, empty slots closed."""
+    pivots = assignment.pivots
+    if method.key_space == "pre_rope":
+        entries = replace(entries, keys=_turned(view, entries.keys, assignment))
     if bias_before is not None:
         carried = _carried_bias(view, bias_before, assignment, method)
         entries = replace(entries, bias=carried if entries.bias is None else entries.bias + carried)
     if min(counts) < max(counts):
-        bias = torch.zeros(pivots.index.shape, device=value.device) if entries.bias is None else entries.bias
+        bias = torch.zeros(pivots.index.shape, device=pivots.index.device) if entries.bias is None else entries.bias
         entries = replace(entries, bias=bias.masked_fill(~pivots.filled, float("-inf")))
     return CompressedLayer(entries, assignment, pivots.index)
 
@@ -196,7 +211,7 @@ def _assign(
     layout = view.layout
     name, number = parse_rule(method.tau if method.gate else "none", TAU_RULES)
     return match(
-        _compared(view, method),
+        compared_keys(view, method),
         view.importance,
         layout.visual,
         layout.valid,
@@ -205,18 +220,19 @@ def _assign(
         proxies.used.sum(-1),
         number or 0.0,
         name,
-        _leaving(layout, counts),
+        leaving_entries(layout, counts),
         pivots,
         method,
     )
 
 
-def _leaving(layout: PromptLayout, counts: tuple[int, ...]) -> int:
+def leaving_entries(layout: PromptLayout, counts: tuple[int, ...]) -> int:
     """The largest number of entries that leave any row."""
     return max(length - count for length, count in zip(layout.lengths, counts, strict=True))
 
 
-def _compared(view: LayerView, method: MethodParameters) -> Tensor:
+def compared_keys(view: LayerView, method: MethodParameters) -> Tensor:
+    """``[B, Hkv, L, D]``: keys whose cosines decide who merges with whom."""
     return view.key if method.key_space == "post_rope" else view.content
 
 
@@ -253,28 +269,30 @@ def match(
     )
 
 
-def _masses(view: LayerView, method: MethodParameters) -> Tensor:
+def masses_of(view: LayerView, method: MethodParameters) -> Tensor:
+    """``[B, Hkv, L]`` masses for the mass operators."""
     name, rows = parse_rule(method.mass, MASS_RULES)
-    return (
-        column_mean_score(view, rows) if name == "column_mean" and method.merge in MASS_OPERATORS else view.importance
-    )
+    counted = name == "column_mean" and method.merge in MASS_OPERATORS
+    return column_mean_score(view, rows) if counted else view.importance
+
+
+def merged_keys(view: LayerView, method: MethodParameters) -> Tensor:
+    """``[B, Hkv, L, D]``: keys as they are merged, as cached or with rotation undone."""
+    return view.content if method.key_space == "pre_rope" else view.key
 
 
 def _carried_bias(view: LayerView, bias: Tensor, assignment: Assignment, method: MethodParameters) -> Tensor:
     """``[B, Hkv, N]``: biases merged with the weights of the keys, as a logit at the merged key would have them."""
     column = bias[..., None].float()
-    return merge(method.merge, column, column, _masses(view, method), assignment).keys[..., 0]
+    return merge(method.merge, column, column, masses_of(view, method), assignment).keys[..., 0]
 
 
-def _merge(view: LayerView, value: Tensor, assignment: Assignment, method: MethodParameters) -> MergedEntries:
-    """Merge keys as cached, or in content space with each merged key turned to its pivot's position."""
-    masses = _masses(view, method)
-    if method.key_space != "pre_rope" or view.rotary is None:
-        return merge(method.merge, view.key, value, masses, assignment)
-    entries = merge(method.merge, view.content, value, masses, assignment)
+def _turned(view: LayerView, keys: Tensor, assignment: Assignment) -> Tensor:
+    """Keys merged without rotation, each turned to its pivot's position."""
+    if view.rotary is None:
+        raise ValueError("merging unrotated keys needs the prompt's rotary embedding")
     index = assignment.pivots.index
-    turned = view.rotary.redo(entries.keys, index).to(view.key.dtype)
+    turned = view.rotary.redo(keys, index).to(view.key.dtype)
     # Undoing and redoing a rotation rounds; a pivot that absorbed nothing keeps its key bit for bit.
-    cached = entries_at(view.key, index)
     absorbed = assignment.sizes > 0
-    return replace(entries, keys=torch.where(absorbed[..., None], turned, cached))
+    return torch.where(absorbed[..., None], turned, entries_at(view.key, index))

@@ -20,6 +20,7 @@ from flowmm.plans import LayerPlan, MethodParameters, ModelFingerprint, Plan, re
 from flowmm.runtime.attention import attached
 from flowmm.runtime.budgets import Budget, planned_entries, validate_budget
 from flowmm.runtime.cache import CompressionSettings, FlowCache
+from flowmm.runtime.compiled import merge_operation
 from flowmm.runtime.host import GenerateShadow, offsets_of, restore_offsets, shadowed_generate, valid_tokens
 from flowmm.runtime.online import CheckAction, OnlineCheck, PlannedRho
 from flowmm.runtime.report import RunReport, build_report
@@ -212,6 +213,7 @@ def compress(
     method: MethodParameters | str | None = None,
     check: CheckAction | None = None,
     recompress_every: int | None = None,
+    compile: bool = False,
 ) -> Generator[Run]:
     """Compress the KV cache of every prompt that `model` reads inside the block.
 
@@ -227,6 +229,8 @@ def compress(
         recompress_every: compress a conversation again, to its budget for all of its tokens, whenever so many were
             appended, so that long answers and later turns stay bounded; ``None``: what comes after the prompt is kept
             whole.
+        compile: merge with compiled code, made at the first prompt (tens of seconds, seconds once it is on disk) and
+            used for all later ones; uncompiled with a :class:`NoCompilerWarning` where no compiler is found.
 
     Yields:
         the :class:`Run`: ``run.report`` after generation, ``run.new_cache()`` for explicit ``past_key_values=``.
@@ -263,6 +267,7 @@ def compress(
         _settings(plan, chosen, asked, check),
         recompress_every=recompress_every,
         visual_ids=visual_token_ids(model.config),
+        operation=merge_operation(model.device) if compile else None,
     )
     run = Run(model, plan, settings, fingerprint)
     see_rotary = run._see_rotary if chosen.needs_rotary else None

@@ -42,16 +42,18 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Compression:
-    """The arguments of :func:`flowmm.compress` except the model."""
+    """The arguments of :func:`flowmm.compress` except the model; ``compile=None``: on a GPU only."""
 
     plan: Plan
     budget: Budget | None = None
     method: MethodParameters | str | None = None
     check: CheckAction | None = None
+    compile: bool | None = None
 
     def of(self, model: Any) -> AbstractContextManager[Run]:
         """The block inside which `model` compresses."""
-        return compress(model, self.plan, budget=self.budget, method=self.method, check=self.check)
+        compiled = model.device.type == "cuda" if self.compile is None else self.compile
+        return compress(model, self.plan, budget=self.budget, method=self.method, check=self.check, compile=compiled)
 
 
 @dataclass(frozen=True)

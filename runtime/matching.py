@@ -153,7 +153,8 @@ def nearest_pivot(
     entries = torch.cat([evicted_keys, classes], dim=-1)
     pivots = torch.cat([pivot_keys.transpose(-1, -2), penalty], dim=2)
     count = _blocks(evicted_keys.shape[2], pivot_keys.shape[2], pivot_keys.shape[3])
-    size = -(-evicted_keys.shape[2] // count)
+    # Always more than needed: where sizes could meet, compiled code would be made once for each case.
+    size = evicted_keys.shape[2] // count + 1
     padded = torch.nn.functional.pad(entries, (0, 0, 0, count * size - entries.shape[2]))
     best = [(padded[:, :, block * size : (block + 1) * size] @ pivots).max(dim=-1) for block in range(count)]
     similarity = torch.cat([values for values, _ in best], 2)[:, :, : entries.shape[2]]
