@@ -119,12 +119,13 @@ def kcenter(view: LayerView, picks: float | None) -> Tensor:
 
 
 def _distances(view: LayerView) -> tuple[Tensor, Tensor, Tensor]:
-    """Entries and centers ``[B, H, L, D + 2]`` whose product is the squared distance of content, and its unit."""
+    """Entries ``[B, H, D + 2, L]`` and centers ``[B, H, L, D + 2]``: products are squared distances; and their unit."""
     content = view.content
     norms = content.square().sum(-1, keepdim=True)
     ones = torch.ones_like(norms)
     # (-2x, |x|^2, 1) . (c, 1, |c|^2)
-    entries, centers = torch.cat([-2 * content, norms, ones], -1), torch.cat([content, ones, norms], -1)
+    entries = torch.cat([-2 * content, norms, ones], -1).transpose(-1, -2).contiguous()
+    centers = torch.cat([content, ones, norms], -1)
     return entries, centers, _distance_unit(norms.masked_fill(~view.layout.valid[:, None, :, None], 0.0))
 
 
@@ -146,8 +147,9 @@ def _in_steps(distance: Tensor, unit: Tensor) -> Tensor:
 def _nearer(distance: Tensor, entries: Tensor, centers: Tensor, index: Tensor, counted: Tensor) -> Tensor:
     """`distance` ``[B, H, L]`` to the nearest center, with those `counted` of `index` ``[B, H, C]`` added."""
     added = centers.gather(2, index[..., None].expand(*index.shape, centers.shape[-1]))
-    gap = (added @ entries.transpose(-1, -2)).masked_fill(~counted[..., None], float("inf"))
-    return torch.minimum(distance, gap.amin(2))
+    # The last column stands alone in the product: a center that does not count is infinitely far away.
+    added[..., -1] = added[..., -1].masked_fill(~counted, float("inf"))
+    return torch.minimum(distance, (added @ entries).amin(2))
 
 
 def _squared_distance(left: Tensor, right: Tensor) -> Tensor:
