@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +114,14 @@ def test_command_prints_and_writes(tmp_path: Path, capsys: Any) -> None:
     assert result["environment"]["note"] == "a test"
     assert result["model"]["layers"] == 2
     assert cli.main(["bench", "--tokens", "few"]) == 2
+
+
+def test_the_gpu_script_runs_on_a_tiny_shape(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+    words = ["--shape", "tiny", "--device", "cpu", "--dtype", "fp32", "--tokens", "120", "--batch", "1,2"]
+    words += ["--budgets", "0.2", "--rounds", "1", "--new-tokens", "1", "--largest", "3", "--out", str(tmp_path)]
+    subprocess.run([sys.executable, script, *words], check=True, capture_output=True)
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert [row["batch"] for row in result["rows"]] == [1, 1, 1, 2, 2, 2]
+    assert result["largest_batch"] == [{"tokens": 120, "budget": 0.2, "rows": 2}]
+    assert (tmp_path / "gpu_trace.json").stat().st_size > 0

