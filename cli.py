@@ -416,9 +416,10 @@ def _warnings_as_notes() -> Generator[None]:
 )
 @click.option(
     "--layer-budgets",
-    type=click.Choice(["uniform", "pyramid", "entropy", "variance", "measured"]),
-    help="measured: entries go to the layers whose compression changes the next token most; the others are rules of "
-    "PyramidKV, MEDA and D2O, to compare with.  [default: measured; uniform for --data -]",
+    type=click.Choice(["uniform", "pyramid", "entropy", "variance", "measured", "joint"]),
+    help="measured: entries go to the layers whose compression changes the next token most; joint: the same with all "
+    "layers compressed at once, which holds the prompts' states in memory; the others are rules of PyramidKV, MEDA and "
+    "D2O, to compare with.  [default: measured; uniform for --data -]",
 )
 @click.option(
     "--protocol",
@@ -558,11 +559,20 @@ def _with_measured_layers(
 
     with shown_progress(quiet, "measured layers on") as progress:
         how = {"limit": limit, "progress": progress}
-        if rule != "measured":
+        if rule not in ("measured", "joint"):
             statistic = measure_statistic(loaded, rule, samples, **how) if rule in MEASURED_RULES else None
             plan = with_rule_budgets(plan, rule, statistic)
         measured = {"budgets": rule == "measured", "choices": choices, "protocols": _protocols(protocol)}
-        return measure_layers(loaded, plan, samples, **measured, **how)
+        plan = measure_layers(loaded, plan, samples, **measured, **how)
+    if rule == "joint":
+        from flowmm.profiler.joint_budgets import measure_allocations, with_allocations
+
+        with shown_progress(quiet, "made cuts:") as progress:
+            path = measure_allocations(
+                loaded, plan, samples, limit=limit, protocols=_protocols(protocol), progress=progress
+            )
+        plan = with_allocations(plan, path, _protocols(protocol), min(limit, plan.calibration.n_samples))
+    return plan
 
 
 def _layer_measurements(rule: str, choices: bool, protocol: str, limit: int) -> Any:

@@ -63,6 +63,12 @@ def _changed(plan: Plan, kind: FlowKind, online: bool) -> Plan:
         layers.append(layer.model_copy(update=changes))
     return Plan.loads(
         plan.model_copy(
-            update={"method": method, "layers": tuple(layers), "sensitivity": None, "budget_rule": None}
+            update={
+                "method": method,
+                "layers": tuple(layers),
+                "sensitivity": None,
+                "allocations": None,
+                "budget_rule": None,
+            }
         ).dumps()
     )

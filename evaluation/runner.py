@@ -129,6 +129,7 @@ def identity_of(model: LoadedModel, plan: Plan) -> dict[str, str]:
             [layer.mode, layer.budget, *filter(None, [layer.curve, layer.choice and str(layer.choice)])]
             for layer in plan.layers
         ]
+        + [list(plan.allocations or ())]
     )
     return {
         "model": model.fingerprint().model_dump_json(),

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from math import fsum
 
 Curve = Sequence[tuple[float, float]]
 
@@ -53,6 +54,21 @@ def _local_line(knots: Sequence[tuple[float, float]], at: float) -> float:
     spread = math.fsum(w * (x - mean_x) ** 2 for w, (x, _) in zip(weights, knots, strict=True))
     slope = math.fsum(w * (x - mean_x) * (y - mean_y) for w, (x, y) in zip(weights, knots, strict=True)) / spread
     return mean_y + slope * (at - mean_x)
+
+
+def along_path(path: Sequence[Sequence[float]], ratio: float) -> tuple[float, ...]:
+    """Ratio of entries per layer, with mean `ratio`, between the two nearest allocations of a measured path.
+
+    Args:
+        path: ratios per layer by rising mean, the last one all 1.
+        ratio: in (0, 1]; below the first mean all layers are equal.
+    """
+    means = [fsum(point) / len(point) for point in path]
+    after = next((place for place, mean in enumerate(means) if mean >= ratio), len(path) - 1)
+    if after == 0:
+        return (ratio,) * len(path[0]) if ratio < means[0] else tuple(path[0])
+    part = (ratio - means[after - 1]) / (means[after] - means[after - 1])
+    return tuple(low + part * (high - low) for low, high in zip(path[after - 1], path[after], strict=True))
 
 
 def lower_hull(curve: Curve) -> list[tuple[float, float]]:

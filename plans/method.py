@@ -112,7 +112,10 @@ class MethodParameters(BaseModel):
     selector: str = Field(
         "proxy+kcenter",
         description="what ranks entries: proxy (eq. 8) | proxy_pool:kernel | column_mean[:rows] | kcenter[:picks] | "
-        "novelty[:window] | random[:seed] | uniform, or two of them as a+b, half and half",
+        "novelty[:window] | random[:seed] | uniform, or two of them as a+b",
+    )
+    first_share: float = Field(
+        0.5, ge=0, le=1, description="share of the free entries that the first of two selectors picks"
     )
     image_quota: float = Field(
         0.0, ge=0, le=1, description="share of an image's proportional part of the free entries that it is sure to get"

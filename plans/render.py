@@ -86,6 +86,9 @@ def header(plan: Plan) -> list[tuple[str, str]]:
 def _budgets(plan: Plan) -> list[tuple[str, str]]:
     if plan.budget_rule is not None:
         return [("budgets", f"by {plan.budget_rule}; other totals scale all layers alike")]
+    if plan.sensitivity is not None and plan.allocations is not None:
+        how = f"{plan.sensitivity.n_samples} prompts ({', '.join(plan.sensitivity.protocols)})"
+        return [("budgets", f"measured jointly on {how}; other totals follow {len(plan.allocations)} allocations")]
     if plan.sensitivity is None or any(layer.curve is None for layer in plan.layers):
         return []
     how = f"{plan.sensitivity.n_samples} prompts ({', '.join(plan.sensitivity.protocols)})"

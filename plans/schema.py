@@ -13,11 +13,11 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from flowmm.errors import PlanMismatchError
-from flowmm.plans.allocation import allocate
+from flowmm.plans.allocation import allocate, along_path
 from flowmm.plans.budget_rules import BudgetRule
 from flowmm.plans.canonical import canonical_text
 from flowmm.plans.choices import LayerChoice, same_algorithm
-from flowmm.plans.fields import MAX_LAYERS, Name, Note, Record, Timestamp, rounded
+from flowmm.plans.fields import MAX_LAYERS, Name, Note, Ratio, Record, Timestamp, rounded
 from flowmm.plans.files import read_text, write_atomic
 from flowmm.plans.fingerprint import (
     CalibrationFingerprint,
@@ -35,9 +35,15 @@ FLOWS_WITHOUT_MODES = ("off:any", "off:intra")
 # Where a layer keeps the estimate that decides; the other kinds are in `estimates`.
 FLOW_FIELDS = {"raw": "rho.mean", "lift": "rho.lift_mean"}
 # Members of the top object that are absent at their default.
-OPTIONAL = ("sensitivity", "budget_rule", "note")
+OPTIONAL = ("sensitivity", "allocations", "budget_rule", "note")
 # Stored budgets are rounded, so their mean is only this close to the total.
 BUDGET_TOLERANCE = 1e-4
+
+
+Allocations = Annotated[
+    tuple[Annotated[tuple[Ratio, ...], Field(min_length=1, max_length=MAX_LAYERS)], ...],
+    Field(min_length=2, max_length=16 * MAX_LAYERS),
+]
 
 
 class Plan(Record):
@@ -55,6 +61,7 @@ class Plan(Record):
     layers: Annotated[tuple[LayerPlan, ...], Field(max_length=MAX_LAYERS)]
     environment: Environment | None
     sensitivity: SensitivityFingerprint | None = None
+    allocations: Allocations | None = None
     budget_rule: BudgetRule | None = None
     note: Note = ""
 
@@ -79,6 +86,7 @@ class Plan(Record):
         if with_curve and len(with_curve) < len(self.layers):
             missing = next(layer.index for layer in self.layers if layer.curve is None)
             raise _misfit(("layers", missing, "curve"), "missing, but others have one. Give all layers one, or none")
+        self._allocations_fit()
         mean = math.fsum(layer.budget for layer in self.layers) / len(self.layers)
         if abs(mean - self.method.budget) > BUDGET_TOLERANCE * self.method.budget:
             raise _misfit(
@@ -86,6 +94,16 @@ class Plan(Record):
                 f"found {self.method.budget:.6g}, but the layers' budgets have the mean {mean:.6g}. Make them agree",
             )
         return self
+
+    def _allocations_fit(self) -> None:
+        means = [math.fsum(ratios) for ratios in self.allocations or ()]
+        for place, ratios in enumerate(self.allocations or ()):
+            if len(ratios) != len(self.layers):
+                raise _misfit(("allocations", place), f"{len(ratios)} ratios, but {len(self.layers)} layers")
+            if place and means[place] <= means[place - 1]:
+                raise _misfit(("allocations", place), "keeps no more than the one before it. Sort them by their sums")
+        if self.allocations and set(self.allocations[-1]) != {1.0}:
+            raise _misfit(("allocations", len(means) - 1), "the last one keeps everything: expected only 1.0")
 
     def _mode_fits(self, layer: LayerPlan) -> None:
         if layer.forced or layer.mode == "online" or layer.mode_was_measured:
@@ -123,13 +141,15 @@ class Plan(Record):
     def layer_budgets(self, ratio: float) -> tuple[float, ...]:
         """Ratio of entries kept per layer, [num_layers], with mean `ratio`.
 
-        From the measured curves where the plan holds them (:func:`allocate`), else every layer's own budget scaled
-        alike (:func:`scale_budgets`).
+        Along the measured allocations where the plan holds them (:func:`along_path`), else from the measured curves
+        (:func:`allocate`), else every layer's own budget scaled alike (:func:`scale_budgets`).
 
         Raises:
             BudgetError: `ratio` is not in (0, 1].
         """
         curves = [layer.curve for layer in self.layers if layer.curve is not None]
+        if self.allocations and 0 < ratio <= 1 and ratio != self.method.budget:
+            return along_path(self.allocations, ratio)
         if curves and 0 < ratio <= 1 and ratio != self.method.budget:
             return allocate(curves, ratio)
         return scale_budgets([layer.budget for layer in self.layers], ratio)

@@ -126,5 +126,9 @@ def as_planned(measured: Plan, plan: Plan) -> Plan:
         )
         for old, new in zip(plan.layers, measured.layers, strict=True)
     ]
-    values = dict(measured) | {"layers": tuple(layers), "sensitivity": plan.sensitivity}
+    values = dict(measured) | {
+        "layers": tuple(layers),
+        "sensitivity": plan.sensitivity,
+        "allocations": plan.allocations,
+    }
     return type(plan).model_validate(values, by_name=True)

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from flowmm.errors import InputError
 from flowmm.models import LoadedModel
@@ -88,6 +90,59 @@ def blind(messages: Sequence[Message]) -> Conversations | None:
 PROTOCOLS: dict[str, Callable[[Sequence[Message]], Conversations | None]] = {"aware": aware, "blind": blind}
 
 
+def check_protocols(names: Sequence[str]) -> None:
+    """Raise InputError unless `names` are some of :data:`PROTOCOLS`."""
+    if not names or not set(names) <= PROTOCOLS.keys():
+        raise InputError(f"protocols {list(names)}: expected one or more of {', '.join(PROTOCOLS)}")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A prefilled prompt and the full cache's own answer, which compressed caches are fed.
+
+    Attributes:
+        host: the model.
+        prefilled, trial: the prompt.
+        modes: each layer's on this prompt.
+        forced: ``[1, q + ANSWER_TOKENS - 1]`` ids fed: the continuation and the answer but for its last token.
+        places: ``[3, 1, q + ANSWER_TOKENS - 1]`` their positions.
+        wanted: ``[1, ANSWER_TOKENS, V]`` logits of the full cache.
+    """
+
+    host: Any
+    prefilled: Prefill
+    trial: Trial
+    modes: tuple[Mode, ...]
+    forced: Tensor
+    places: Tensor
+    wanted: Tensor
+
+    @classmethod
+    def of(cls, model: LoadedModel, plan: Plan, trial: Trial) -> Reading:
+        """Prefill a trial and let the full cache answer."""
+        host, prefilled = model.model, prefill(model.model, trial)
+
+        def full() -> FlowCache:
+            return prefilled.hide_last(prefilled.full_cache(), trial.fed_again)
+
+        with reading_caches(host):
+            tokens = answer_greedily(host, full(), trial.continuation, trial.positions, ANSWER_TOKENS).tokens
+            forced = torch.cat([trial.continuation, tokens[:, :-1]], dim=1)
+            places = trial.positions[..., :1] + torch.arange(forced.shape[1], device=forced.device)
+            wanted = feed(host, full(), forced, places, keep=ANSWER_TOKENS)
+        return cls(host, prefilled, trial, prefilled.modes(plan), forced, places, wanted)
+
+    def cache(self, settings: CompressionSettings) -> FlowCache:
+        """The prompt compressed as `settings` say, ready for the continuation."""
+        return self.prefilled.hide_last(self.prefilled.cache(settings), self.trial.fed_again)
+
+    def divergence(self, caches: Sequence[FlowCache]) -> Tensor:
+        """``[caches, ANSWER_TOKENS]``: KL(full || compressed) in nats. Use inside :func:`reading_caches`."""
+        forced = self.forced.expand(len(caches), -1)
+        logits = feed(self.host, FlowCache.stack(list(caches)), forced, self.places, keep=ANSWER_TOKENS)
+        return divergence(self.wanted, logits)
+
+
 @dataclass(frozen=True)
 class Variant:
     """One layer compressed to a ratio of its entries, with these parameters and in this mode; the others stay full."""
@@ -147,9 +202,7 @@ def measure_costs(
     Args and errors as of :func:`measure_sensitivity`. The same samples, limit and protocols give the same prompts, so
     that costs of several calls can be compared prompt by prompt.
     """
-    unknown = [name for name in protocols if name not in PROTOCOLS]
-    if unknown or not protocols:
-        raise InputError(f"protocols {list(protocols)}: expected one or more of {', '.join(PROTOCOLS)}")
+    check_protocols(protocols)
     costs = []
     readable = (sample for sample in samples if isinstance(sample, CalibrationSample))
     for done, sample in enumerate(islice(readable, limit), start=1):
@@ -169,20 +222,11 @@ def measure_costs(
 
 def _prompt_costs(model: LoadedModel, plan: Plan, trial: Trial, variants: Sequence[Variant]) -> np.ndarray:
     """``[variants]`` of one prompt under one protocol."""
-    host, prefilled = model.model, prefill(model.model, trial)
-    modes = prefilled.modes(plan)
-    with reading_caches(host):
-        tokens = answer_greedily(
-            host, _full(prefilled, trial), trial.continuation, trial.positions, ANSWER_TOKENS
-        ).tokens
-        forced = torch.cat([trial.continuation, tokens[:, :-1]], dim=1)
-        places = trial.positions[..., :1] + torch.arange(forced.shape[1], device=forced.device)
-        wanted = feed(host, _full(prefilled, trial), forced, places, keep=ANSWER_TOKENS)
-        costs = []
+    reading, costs = Reading.of(model, plan, trial), []
+    with reading_caches(model.model):
         for batch in _batches(variants):
-            caches = [_one_layer(prefilled, modes, variant, trial) for variant in batch]
-            logits = feed(host, FlowCache.stack(caches), forced.expand(len(caches), -1), places, keep=ANSWER_TOKENS)
-            costs.append(divergence(wanted, logits).mean(-1).double().cpu().numpy())
+            caches = [reading.cache(_one_layer(reading.modes, variant)) for variant in batch]
+            costs.append(reading.divergence(caches).mean(-1).double().cpu().numpy())
     return np.concatenate(costs)
 
 
@@ -193,12 +237,8 @@ def _batches(variants: Sequence[Variant]) -> Iterator[list[Variant]]:
         yield from (ready[start : start + ROWS_PER_BATCH] for start in range(0, len(ready), ROWS_PER_BATCH))
 
 
-def _full(prefilled: Prefill, trial: Trial) -> FlowCache:
-    return prefilled.hide_last(prefilled.full_cache(), trial.fed_again)
-
-
-def _one_layer(prefilled: Prefill, modes: tuple[Mode, ...], variant: Variant, trial: Trial) -> FlowCache:
-    """The full cache, except for one layer; an ``online`` one has the mode that this prompt gives it."""
+def _one_layer(modes: tuple[Mode, ...], variant: Variant) -> CompressionSettings:
+    """Every layer is left full, except for one; an ``online`` one has the mode that this prompt gives it."""
     mode = modes[variant.layer] if variant.mode == "online" else variant.mode
     modes = (*modes[: variant.layer], mode, *modes[variant.layer + 1 :])
 
@@ -206,8 +246,7 @@ def _one_layer(prefilled: Prefill, modes: tuple[Mode, ...], variant: Variant, tr
         kept = entry_budget(length, variant.ratio)
         return [kept if layer == variant.layer else length for layer in range(len(modes))]
 
-    settings = CompressionSettings(variant.method, modes, entries)
-    return prefilled.hide_last(prefilled.cache(settings), trial.fed_again)
+    return CompressionSettings(variant.method, modes, entries)
 
 
 def with_measured_budgets(plan: Plan, sensitivity: Sensitivity, protocols: Sequence[str]) -> Plan:

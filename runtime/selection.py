@@ -206,14 +206,14 @@ SELECTORS: dict[str, Callable[[LayerView, float | None], Tensor]] = {
 def selection_scores(view: LayerView, method: MethodParameters) -> Tensor:
     """``[B, Hkv, L]`` fp32 scores of the method's selector, with its quotas.
 
-    Two selectors ``a+b``: the best half of the free entries by ``a``, then the rest by ``b``, which sees a's picks as
+    Two selectors ``a+b``: ``first_share`` of the free entries by ``a``, then the rest by ``b``, which sees a's picks as
     kept.
     """
     parts = parse_selector(method.selector)
     name, number = parts[0]
     scores = SELECTORS[name](view, number)
     if len(parts) == 2:
-        scores = _half_and_half(view, scores, *parts[1])
+        scores = _one_after_the_other(view, scores, *parts[1], method.first_share)
     if method.image_quota > 0:
         scores = _guarantee(view, scores, image_ids(view.layout), method.image_quota, proportional=True)
     if method.modality_floor > 0:
@@ -228,15 +228,17 @@ def _ranks(scores: Tensor, among: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(2, order, places)
 
 
-def _half_and_half(view: LayerView, first: Tensor, name: str, number: float | None) -> Tensor:
-    chosen = (_ranks(first, view.open) < (view.free // 2)[:, None, None]) & view.open
-    half = view.slots // 2
+def _one_after_the_other(
+    view: LayerView, first: Tensor, name: str, number: float | None, share: float
+) -> Tensor:
+    count, slots = (view.free * share).long(), int(view.slots * share)
+    chosen = (_ranks(first, view.open) < count[:, None, None]) & view.open
     rest = replace(
         view,
         forced=view.forced | chosen,
-        forced_slots=view.forced_slots + half,
-        free=view.free - view.free // 2,
-        slots=view.slots - half,
+        forced_slots=view.forced_slots + slots,
+        free=view.free - count,
+        slots=view.slots - slots,
     )
     rank = _ranks(SELECTORS[name](rest, number), rest.open).float()
     return torch.where(chosen, float(first.shape[-1]), -rank)

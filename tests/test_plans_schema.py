@@ -194,10 +194,10 @@ def test_damage_is_refused_or_harmless(position: int, length: int, insertion: st
 @pytest.mark.parametrize(
     ("change", "place"),
     [
-        (lambda p: p["layers"][3]["rho"].update(mean="0.3"), "line 56, layers[3].rho.mean"),
-        (lambda p: p["layers"][3].update(budget=0), "line 56, layers[3].budget"),
-        (lambda p: p["layers"][3].update(index=True), "line 56, layers[3].index"),
-        (lambda p: p["layers"][3].update(mode="sideways"), "line 56, layers[3].mode"),
+        (lambda p: p["layers"][3]["rho"].update(mean="0.3"), "line 57, layers[3].rho.mean"),
+        (lambda p: p["layers"][3].update(budget=0), "line 57, layers[3].budget"),
+        (lambda p: p["layers"][3].update(index=True), "line 57, layers[3].index"),
+        (lambda p: p["layers"][3].update(mode="sideways"), "line 57, layers[3].mode"),
         (lambda p: p["layers"][3].update(index=4), "layers[3].index: found 4, expected 3"),
         (lambda p: p["layers"][3]["rho"].update(q05=0.9), "quantiles must not decrease"),
         (lambda p: p["layers"][3].update(colour="red"), "layers[3].colour: unknown field"),

@@ -116,6 +116,23 @@ def test_kcenter_is_greedy_farthest_first() -> None:
         assert kept[0, head].tolist() == sorted(centers)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_the_first_of_two_selectors_picks_its_share(share: float) -> None:
+    layer = a_layer(5, 40)
+    both = MethodParameters(selector="random+uniform", first_share=share, keep_proxies=False, n_sink=0)
+    alone = MethodParameters(selector="random", keep_proxies=False, n_sink=0)
+    kept, first = (
+        positions(both, 12, layer, rotary_of(40)),
+        positions(alone, int(12 * share) or 1, layer, rotary_of(40)),
+    )
+    for head in range(2):
+        assert set(first[0, head].tolist()) <= set(kept[0, head].tolist()) or share == 0
+    if share in (0.0, 1.0):
+        name = "random" if share else "uniform"
+        only = MethodParameters(selector=name, keep_proxies=False, n_sink=0)
+        assert kept.equal(positions(only, 12, layer, rotary_of(40)))
+
+
 def test_uniform_is_evenly_spaced() -> None:
     method = MethodParameters(selector="uniform", keep_proxies=False, n_sink=0)
     kept = positions(method, 10, a_layer(0, 40), rotary_of(40))

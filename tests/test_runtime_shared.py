@@ -18,6 +18,7 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {},
     *({"merge": name} for name in MERGE_OPERATORS),
     *({"selector": name if takes_number is not True else f"{name}:3"} for name, takes_number in SELECTORS.items()),
+    {"first_share": 0.2},
     {"image_quota": 0.5},
     {"modality_floor": 0.3},
     {"proxies": "last_text:6"},
