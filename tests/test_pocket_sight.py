@@ -3,12 +3,12 @@
 import torch
 
 from flowmm.pocket import tasks
-from flowmm.pocket.sight import naming_loss, object_labels
+from flowmm.pocket.sight import arrival_labels, naming_loss, noticing_loss, object_labels
 from flowmm.pocket.tokenizer import build_tokenizer
 
 
 def _pictures(count: int) -> list[tasks.Picture]:
-    return tasks.draw_scene(tasks.stream("train", "any", 0), "train", images=count).pictures
+    return tasks.draw_scene(tasks.stream("train", "any", 0), "train", images=count, pairs=0).pictures
 
 
 def test_each_visual_token_is_labelled_with_the_object_of_its_cell() -> None:
@@ -43,3 +43,25 @@ def test_a_batch_without_digits_has_a_finite_loss() -> None:
     labels = torch.full((1, 4, 4, 3), -100)
     loss, _ = naming_loss(torch.ones(1, 16, 8), labels, torch.ones(len(tokenizer), 8), tokenizer)
     assert loss == 0
+
+
+def test_only_tokens_of_the_object_that_arrived_are_to_be_noticed() -> None:
+    scene = tasks.draw_scene(tasks.stream("train", "any", 1), "train", images=3, pairs=2, facts=0, fillers=0)
+    labels = arrival_labels([scene])
+    names = object_labels(scene.pictures)[..., 0]
+    for pair in scene.pairs:
+        (place,) = (i for i, picture in enumerate(scene.pictures) if picture is pair.after)
+        assert (names[place][labels[place]] == tasks.SHAPES.index(pair.arrived.shape)).all()
+    assert labels.sum() == 4 * 2
+
+
+def test_tokens_that_say_change_where_something_arrived_are_told_right() -> None:
+    tokenizer = build_tokenizer()
+    table = torch.randn(len(tokenizer), 256, generator=torch.Generator().manual_seed(0)) / 16
+    scene = tasks.draw_scene(tasks.stream("train", "any", 1), "train", images=3, pairs=2, facts=0, fillers=0)
+    labels = arrival_labels([scene])
+    word = table[tokenizer.encode("change")[-1]] + table[tokenizer.encode(" change")[-1]]
+    right, told = noticing_loss(labels.flatten(1).float()[..., None] * word, labels, table, tokenizer)
+    wrong, _ = noticing_loss(-labels.flatten(1).float()[..., None] * word, labels, table, tokenizer)
+    assert right < wrong
+    assert told == 1.0

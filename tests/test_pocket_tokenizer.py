@@ -63,13 +63,13 @@ def test_training_pixels_are_what_the_image_processor_gives() -> None:
     pixels = np.stack([picture.pixels for picture in pictures])
     processed = build_image_processor()(images=[Image.fromarray(each) for each in pixels], return_tensors="pt")
     np.testing.assert_array_equal(processed["pixel_values"], patches(pixels).flatten(0, 1))
-    assert processed["image_grid_thw"].tolist() == [[1, 8, 8]] * 3
+    assert processed["image_grid_thw"].tolist() == [[1, 8, 8]] * len(pictures)
 
 
 def test_prompts_have_the_promised_length_and_visual_share(tokenizer: Qwen2Tokenizer) -> None:
     for sample in tasks.samples("test", 60):
         length = len(_expanded(tokenizer, _rendered(tokenizer, sample.messages())))
         visual = TOKENS_PER_IMAGE * len(sample.images)
-        assert 200 <= length <= 600
+        assert 300 <= length <= 1000
         assert 0.5 <= visual / length <= 0.9
         assert 2 <= len(tokenizer.encode(sample.answer + "<|im_end|>")) <= 4
