@@ -36,8 +36,13 @@ def save_context(path: Path, cache: FlowCache, model: ModelFingerprint, plan: Pl
     Raises:
         InputError: the cache is empty or was filled without token ids, or the file cannot be written.
     """
-    if cache.get_seq_length() == 0 or cache.ids is None:
+    seen = int(cache.get_seq_length())
+    if seen == 0 or cache.ids is None:
         raise InputError("there is nothing to save: generate, or feed a prompt's input_ids, first")
+    if cache.ids.length != seen:
+        raise InputError(
+            "a static cache does not remember the ids it generated; use the growing cache for what will be saved"
+        )
     tensors = {"ids": cache.ids.filled}
     if cache.rope_deltas is not None:
         tensors["rope_deltas"] = cache.rope_deltas
@@ -51,7 +56,7 @@ def save_context(path: Path, cache: FlowCache, model: ModelFingerprint, plan: Pl
         "model": model.model_dump_json(),
         "method": cache.settings.method.model_dump_json(),
         "plan": plan.sha256,
-        "seen": str(cache.get_seq_length()),
+        "seen": str(seen),
         "prompt_length": str(cache.states[0].prompt_length),
         "sha256": _digest(tensors),
     }

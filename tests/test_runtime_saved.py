@@ -189,6 +189,9 @@ def test_what_is_no_file(model: Any, plan: Plan, tmp_path: Path) -> None:
     with flowmm.compress(model, plan) as run:
         with pytest.raises(InputError, match="nothing to save"):
             run.save(tmp_path / "x", run.new_cache())
+        model.generate(**tiny_inputs(PROMPT), max_new_tokens=3, cache_implementation="static")
+        with pytest.raises(InputError, match="static"):
+            run.save(tmp_path / "x")
         model(**tiny_inputs(PROMPT))
         with pytest.raises(InputError, match="cannot be written"):
             run.save(tmp_path / "absent" / "x")
