@@ -129,6 +129,7 @@ def diff(
     for (before, after), p in zip(pairs, ps, strict=True):
         changes += _modes(before, after, alpha, len(pairs))
         changes += _moved("method", ("layers", after.index, "budget"), before.budget, after.budget, tol)
+        changes += _choices(before, after)
         changes += _rho_moved(before, after, tol, alpha, p)
     changes += _environment(old, new)
     counted = frozenset(kind for kind in KINDS if kind in fail_on)
@@ -182,9 +183,16 @@ def _modes(old: LayerPlan, new: LayerPlan, alpha: float, layers: int) -> Iterato
         yield Change("mode", (*path, "forced"), old.forced, new.forced)
 
 
+def _choices(old: LayerPlan, new: LayerPlan) -> Iterator[Change]:
+    """Parameters of one layer; what they cost is not compared."""
+    before, after = (None if layer.choice is None else str(layer.choice) for layer in (old, new))
+    if before != after:
+        yield Change("method", ("layers", new.index, "choice"), before, after)
+
+
 def _follows_rho(layer: LayerPlan) -> bool:
     """Whether the mode came from a measurement, not from a person or from the choice to decide per prompt."""
-    return not layer.forced and layer.mode != "online" and layer.rho is not None
+    return not (layer.forced or layer.mode == "online" or layer.mode_was_measured or layer.rho is None)
 
 
 def _is_settled(layer: LayerPlan, alpha: float, layers: int) -> bool:

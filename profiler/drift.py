@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flowmm.errors import InputError
 from flowmm.models import LoadedModel
-from flowmm.plans import Plan, PlanDiff, diff
+from flowmm.plans import LayerPlan, Plan, PlanDiff, diff
 from flowmm.plans.diff import DEFAULT_ALPHA, DEFAULT_FAIL_ON, DEFAULT_TOLERANCE
 from flowmm.profiler.calibration import CalibrationPrompts, calibration_name, open_calibration
 from flowmm.profiler.profiling import MAX_BAD, OnSkip, Progress, profile
@@ -82,7 +82,7 @@ def check(
 ) -> PlanDiff:
     """Profile `model` with the method of `plan`, and compare what comes out with it.
 
-    What a profile does not measure (budgets, curves, modes that a person forced) is taken over from the plan.
+    What a profile does not measure (budgets, curves, choices, modes that a person forced) is taken over from the plan.
 
     Args:
         model: loaded as for :func:`flowmm.profiler.profile`.
@@ -118,11 +118,11 @@ def check(
 
 
 def as_planned(measured: Plan, plan: Plan) -> Plan:
-    """`measured` with the budgets, curves and forced modes of `plan`, which a profile does not measure."""
+    """`measured` with the budgets, curves, choices and forced modes of `plan`, which a profile does not measure."""
     layers = [
         new.model_copy(
-            update={"budget": old.budget, "curve": old.curve}
-            | ({"mode": old.mode, "forced": old.forced} if old.forced or old.mode == "online" else {})
+            update={"budget": old.budget, "curve": old.curve, "choice": old.choice}
+            | ({} if _follows_rho(old) else {"mode": old.mode, "forced": old.forced})
         )
         for old, new in zip(plan.layers, measured.layers, strict=True)
     ]
@@ -130,5 +130,10 @@ def as_planned(measured: Plan, plan: Plan) -> Plan:
         "layers": tuple(layers),
         "sensitivity": plan.sensitivity,
         "allocations": plan.allocations,
+        "budget_rule": plan.budget_rule,
     }
     return type(plan).model_validate(values, by_name=True)
+
+
+def _follows_rho(layer: LayerPlan) -> bool:
+    return not (layer.forced or layer.mode == "online" or layer.mode_was_measured)

@@ -165,8 +165,12 @@ def test_what_is_not_measured_stays_the_plans(plan: Plan) -> None:
     values = plan.as_json()
     values["layers"][0].update(budget=0.3, mode="intra", forced=True)
     values["layers"][1].update(budget=0.1, mode="online")
+    flipped = "intra" if values["layers"][2]["mode"] == "cross" else "cross"
+    values["layers"][2].update(mode=flipped, choice={"mode": flipped, "merge": "evict", "cost": [0.5, 0.1]})
     person = Plan.loads(json.dumps(values))
     assert diff(person, as_planned(plan, person)).changes == ()
+    chosen = [change for change in diff(plan, person).changes if change.path == ("layers", 2, "choice")]
+    assert [(change.kind, change.new) for change in chosen] == [("method", f"{flipped}, merge evict")]
 
 
 def test_the_plan_names_its_prompts(plan: Plan, folder: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -21,11 +24,12 @@ from flowmm.models import LoadedModel, load_model
 from flowmm.plans import FlowKind, MethodParameters, Plan
 from flowmm.profiler import open_calibration, profile
 from flowmm.profiler.forecast import forecast
-from flowmm.profiler.profile import FIRST_CHECK
+from flowmm.profiler.profiling import FIRST_CHECK
 from flowmm.profiler.progress import shown_progress
 from flowmm.profiler.ranks import Ranks, rank_device, refuse_shared_stdin
 
 PROMPTS = 40
+KILLS = 20
 
 
 @pytest.fixture(scope="module")
@@ -142,25 +146,96 @@ def test_ranks_share_neither_stdin_nor_a_gpu_by_accident(monkeypatch: pytest.Mon
     assert rank_device("cpu") == "cpu"
 
 
+# Imports the command once and forks a process per line of arguments: a start costs milliseconds, a kill is a kill.
+LAUNCHER = """
+import json, os, sys
+import torch
+from flowmm.cli import main
+import flowmm.profiler.calibration, flowmm.profiler.decisions, flowmm.profiler.profiling, flowmm.models.loading
+import flowmm.pocket.tasks, transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(main(json.loads(line)))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Launcher:
+    """Runs the command in children of a process that has everything imported."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+
+    def run(self, arguments: list[str], kill_after: float | None = None) -> int:
+        """Exit code of the command; -9 if it was killed before it ended."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps(arguments), file=self._process.stdin, flush=True)
+        child = int(self._process.stdout.readline())
+        if kill_after is not None:
+            moment = time.monotonic() + kill_after
+            # The launcher reaps a child that ends before its moment, which ends the wait.
+            with contextlib.suppress(ProcessLookupError):
+                while time.monotonic() < moment:
+                    time.sleep(0.01)
+                    os.kill(child, 0)
+                os.kill(child, signal.SIGKILL)
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """Wait for its end."""
+        self._process.communicate()
+
+
+def phase(out: Path) -> str:
+    """How far a killed profile had come, from what it left on disk."""
+    records = out.with_suffix(".records.parquet")
+    if records.exists():
+        return "measuring layers"
+    return "measuring prompts" if list(records.with_name(records.name + ".parts").glob("*.parquet")) else "starting"
+
+
 @pytest.mark.slow
-def test_killed_again_and_again_it_ends_with_the_same_plan(checkpoint: Path, tmp_path: Path) -> None:
+def test_killed_twenty_times_in_a_row_it_ends_with_the_same_plan(checkpoint: Path, tmp_path: Path) -> None:
+    """Each kill falls at a random moment of what a run of its own would still have to do."""
     moments = random.Random(0)
     whole, cut = tmp_path / "whole.json", tmp_path / "cut.json"
-    assert main(arguments(checkpoint, whole, "-q", "--json")) == 0
-    command = [sys.executable, "-m", "flowmm.cli", *arguments(checkpoint, cut, "--json")]
-    kills = 0
-    for _ in range(5):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        assert process.stderr is not None
-        # The first line of progress says that profiling has begun.
-        while process.poll() is None and f" of {PROMPTS} prompts" not in process.stderr.readline():
-            pass
-        time.sleep(moments.uniform(0.0, 1.5))
-        kills += process.poll() is None
-        process.kill()
-        process.communicate()
-    assert kills > 0
-    assert main(arguments(checkpoint, cut, "-q", "--json", "--overwrite")) == 0
+    options = ["--limit", "16", "--sensitivity-prompts", "1", "--protocol", "aware", "--json"]
+    launcher = Launcher()
+    try:
+        launcher.run([*arguments(checkpoint, tmp_path / "warm.json", *options)])
+        start = time.monotonic()
+        assert launcher.run(arguments(checkpoint, whole, *options)) == 0
+        length = time.monotonic() - start
+        phases: list[str] = []
+        while len(phases) < KILLS:
+            code = launcher.run(arguments(checkpoint, cut, *options), moments.uniform(0, length))
+            if code == -signal.SIGKILL:
+                phases.append(phase(cut))
+            else:
+                # It ended first: what it made must be right, and the next one starts anew.
+                assert code == 0
+                assert timeless(cut) == timeless(whole)
+                for left in tmp_path.glob("cut*"):
+                    left.unlink()
+        assert launcher.run(arguments(checkpoint, cut, *options)) == 0
+    finally:
+        launcher.close()
+    fell = {name: phases.count(name) for name in sorted(set(phases))}
+    print(f"kills while {fell}")
+    assert len(fell) >= 2, f"all kills fell while {phases[0]}"
     assert timeless(cut) == timeless(whole)
     assert cut.with_suffix(".records.parquet").read_bytes() == whole.with_suffix(".records.parquet").read_bytes()
     assert sorted(path.name for path in tmp_path.glob("cut*")) == ["cut.json", "cut.records.parquet"]
