@@ -133,7 +133,9 @@ def test_diff_github_names_the_file_from_here(
 ) -> None:
     monkeypatch.chdir(moved.parent)
     assert run("diff", SAMPLE, moved, "--format", "github") == 1
-    assert capsys.readouterr().out.startswith("::error file=moved.json,line=57,")
+    rows = Path("moved.json").read_text(encoding="utf-8").splitlines()
+    line = next(number for number, row in enumerate(rows, start=1) if '"index": 4' in row)
+    assert capsys.readouterr().out.startswith(f"::error file=moved.json,line={line},")
 
 
 def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
