@@ -13,11 +13,13 @@ from transformers.cache_utils import Cache
 
 from flowmm.errors import FlowmmError, InputError
 from flowmm.plans import MethodParameters, Mode
+from flowmm.plans.method import MASS_RULES, parse_rule, parse_selector
 from flowmm.runtime.attention import attend_compressed
 from flowmm.runtime.budgets import Entries
 from flowmm.runtime.compression import MergeOperation, compress_layer, cross_rows
 from flowmm.runtime.flow import sample_rows, sampled_rho
 from flowmm.runtime.growing import Growing
+from flowmm.runtime.importance import spread_rows
 from flowmm.runtime.layer import FlowLayer
 from flowmm.runtime.online import OnlineCheck
 from flowmm.runtime.prompt import PromptLayout, Proxies, find_proxies
@@ -63,9 +65,20 @@ class CompressionSettings:
         return self.layer_methods[layer] if self.layer_methods else self.method
 
     @property
+    def methods(self) -> tuple[MethodParameters, ...]:
+        """Options in use in some layer."""
+        return self.layer_methods or (self.method,)
+
+    @property
     def measures_rho(self) -> bool:
         """Whether rho of each prompt is measured."""
         return self.check is not None or "online" in self.modes
+
+
+def _column_mean_rows(method: MethodParameters) -> list[int | None]:
+    """Numbers of rows (``None``: all) that the method's column means are taken over."""
+    rules = [*parse_selector(method.selector), parse_rule(method.mass, MASS_RULES)]
+    return [None if number is None else int(number) for name, number in rules if name == "column_mean"]
 
 
 @dataclass(frozen=True)
@@ -88,14 +101,14 @@ class RememberedRows:
         rho_rows: tuple[tuple[Tensor, Tensor], ...],
         settings: CompressionSettings,
     ) -> Self:
-        """Proxies and the row sample; every row where the method reads every row's attention."""
+        """Proxies, the row sample, and the rows whose attention a column mean is taken over."""
         wanted = torch.zeros_like(layout.valid[0])
         wanted[proxies.index.flatten()] = True
         for index, _ in rho_rows if settings.measures_rho else ():
             wanted[index.flatten()] = True
-        methods = (settings.method, *settings.layer_methods)
-        if any("column_mean" in method.selector + method.mass for method in methods):
-            wanted[:] = True
+        for rows in {rows for method in settings.methods for rows in _column_mean_rows(method)}:
+            index, _ = spread_rows(layout, rows)
+            wanted[index.flatten()] = True
         return cls(tuple(wanted.nonzero().flatten().tolist()), tuple([] for _ in settings.modes))
 
     def remember(self, layer: int, query: Tensor, start: int) -> None:

@@ -73,6 +73,20 @@ def proxy_importance(
     return torch.where(valid[:, None, :], reduce_group(counted, reduce), 0.0)
 
 
+def spread_rows(layout: PromptLayout, rows: int | None) -> tuple[Tensor, Tensor]:
+    """Evenly spaced rows of each prompt, its last one included; spread over its own tokens, so padding changes nothing.
+
+    Returns:
+        index ``[B, R]`` long and counted ``[B, R]`` bool with ``R = min(rows, L)`` (``None``: L).
+    """
+    length = layout.valid.shape[-1]
+    own = layout.valid.sum(-1, keepdim=True)
+    used = own.clamp(max=length if rows is None else rows)
+    turn = torch.arange(1, min(length, rows or length) + 1, device=own.device)[None]
+    index = (turn * own).div(used, rounding_mode="floor").clamp(max=own) - 1 + length - own
+    return index, turn <= used
+
+
 def column_mean(
     query: Tensor,
     key: Tensor,
@@ -93,12 +107,7 @@ def column_mean(
         ``[B, Hkv, L]`` fp32, 0 on padding.
     """
     batch, heads, length = *key.shape[:2], key.shape[2]
-    # Spread over each row's own tokens, so that padding changes nothing.
-    own = layout.valid.sum(-1, keepdim=True)
-    used = own.clamp(max=length if rows is None else rows)
-    turn = torch.arange(1, min(length, rows or length) + 1, device=key.device)[None]
-    counted_rows = turn <= used
-    index = (turn * own).div(used, rounding_mode="floor").clamp(max=own) - 1 + length - own
+    index, counted_rows = spread_rows(layout, rows)
     total = torch.zeros(batch, heads, length, device=key.device)
     seen = torch.zeros(batch, length, device=key.device)
     columns = torch.arange(length, device=key.device)

@@ -57,8 +57,16 @@ def test_chunked_prefill_equals_the_whole(model: Any, rows: list[list[int]], met
     check_same_caches(unchunked, run.cache)
 
 
-def test_chunks_remember_few_queries(model: Any) -> None:
-    method = MethodParameters.from_preset("paper", proxies="last:4")
+@pytest.mark.parametrize(
+    ("method", "queries"),
+    [
+        (MethodParameters.from_preset("paper", proxies="last:4"), 4),
+        (MethodParameters(mass="column_mean:8", selector="proxy", proxies="last:4"), 4 + 8 - 1),
+        (MethodParameters(mass="column_mean", selector="proxy", proxies="last:4"), 117),
+    ],
+    ids=["proxies", "rows", "every row"],
+)
+def test_chunks_remember_few_queries(model: Any, method: MethodParameters, queries: int) -> None:
     plan = uneven_plan(model)
     planned = plan.model_copy(
         update={"layers": tuple(layer.model_copy(update={"mode": "intra"}) for layer in plan.layers)}
@@ -68,7 +76,7 @@ def test_chunks_remember_few_queries(model: Any) -> None:
         prompt = run.cache._prompt
     assert prompt is not None
     assert prompt.rows is not None
-    assert len(prompt.rows.columns) == 4
+    assert len(prompt.rows.columns) == queries
     assert not any(prompt.rows.queries)
 
 
