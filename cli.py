@@ -558,12 +558,17 @@ def _with_measured_layers(
     from flowmm.profiler.progress import shown_progress
 
     with shown_progress(quiet, "measured layers on") as progress:
-        how = {"limit": limit, "progress": progress}
+        how: dict[str, Any] = {"limit": limit, "progress": progress}
         if rule not in ("measured", "joint"):
             statistic = measure_statistic(loaded, rule, samples, **how) if rule in MEASURED_RULES else None
             plan = with_rule_budgets(plan, rule, statistic)
-        measured = {"budgets": rule == "measured", "choices": choices, "protocols": _protocols(protocol)}
-        plan = measure_layers(loaded, plan, samples, **measured, **how)
+        measured: dict[str, Any] = {
+            "budgets": rule == "measured",
+            "choices": choices,
+            "protocols": _protocols(protocol),
+            **how,
+        }
+        plan = measure_layers(loaded, plan, samples, **measured)
     if rule == "joint":
         from flowmm.profiler.joint_budgets import measure_allocations, with_allocations
 
@@ -571,7 +576,8 @@ def _with_measured_layers(
             path = measure_allocations(
                 loaded, plan, samples, limit=limit, protocols=_protocols(protocol), progress=progress
             )
-        plan = with_allocations(plan, path, _protocols(protocol), min(limit, plan.calibration.n_samples))
+        measured_on = limit if plan.calibration is None else min(limit, plan.calibration.n_samples)
+        plan = with_allocations(plan, path, _protocols(protocol), measured_on)
     return plan
 
 

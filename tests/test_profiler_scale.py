@@ -212,10 +212,9 @@ def test_killed_twenty_times_in_a_row_it_ends_with_the_same_plan(checkpoint: Pat
     """Each kill falls at a random moment of what a run of its own would still have to do."""
     moments = random.Random(0)
     whole, cut = tmp_path / "whole.json", tmp_path / "cut.json"
-    options = ["--limit", "16", "--sensitivity-prompts", "1", "--protocol", "aware", "--json"]
+    options = ["--limit", "8", "--sensitivity-prompts", "1", "--protocol", "aware", "--json"]
     launcher = Launcher()
     try:
-        launcher.run([*arguments(checkpoint, tmp_path / "warm.json", *options)])
         start = time.monotonic()
         assert launcher.run(arguments(checkpoint, whole, *options)) == 0
         length = time.monotonic() - start
