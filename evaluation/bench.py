@@ -15,7 +15,7 @@ from flowmm.evaluation.suite import Case
 from flowmm.models import LoadedModel
 from flowmm.plans import Plan
 from flowmm.runtime import FlowCache
-from flowmm.runtime.replay import Prefill, Trial, answer_greedily, divergence, feed
+from flowmm.runtime.replay import Prefill, Trial, answer_greedily, divergence, feed, length_of_turn
 
 # Caches decoded together: more rows save forward calls, and copy more memory in each.
 ROWS_PER_BATCH = 16
@@ -113,7 +113,7 @@ class Bench:
         """The full cache's greedy answer, fed to every cache alike; fidelity as the mean over its positions."""
         host, ids, positions = self.model.model, self.trial.continuation, self.trial.positions
         tokens = answer_greedily(host, self._full_cache(), ids, positions, FIDELITY_TOKENS).tokens[0]
-        count = min(self._length(tokens) + 1, FIDELITY_TOKENS)
+        count = min(length_of_turn(self.model.model, tokens) + 1, FIDELITY_TOKENS)
         forced = torch.cat([ids, tokens[None, : count - 1]], dim=1)
         places = positions[..., :1] + torch.arange(forced.shape[1], device=positions.device)
         whole = self._full_cache()
@@ -161,12 +161,6 @@ class Bench:
             attention_error=outcome.attention_error,
         )
 
-    def _length(self, tokens: Tensor) -> int:
-        """Tokens in front of the one that ends the turn."""
-        ends = self.model.model.generation_config.eos_token_id
-        ends = {ends} if isinstance(ends, int) else set(ends or ())
-        return next((place for place, token in enumerate(tokens.tolist()) if token in ends), len(tokens))
-
     def _text(self, tokens: Tensor) -> str:
         # Special tokens stay: an answer is not right because it is followed by a stray marker.
-        return str(self.model.tokenizer.decode(tokens[: self._length(tokens)])).strip()
+        return str(self.model.tokenizer.decode(tokens[: length_of_turn(self.model.model, tokens)])).strip()

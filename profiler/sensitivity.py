@@ -32,12 +32,13 @@ from flowmm.runtime.replay import (
     build_trial,
     divergence,
     feed,
+    length_of_turn,
     prefill,
     reading_caches,
 )
 
 RATIOS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.65)
-# Tokens of the full cache's own answer on which a compressed cache is compared with it.
+# At most so many tokens of the full cache's own answer are what a compressed cache is compared on.
 ANSWER_TOKENS = 4
 # Caches decoded together: more rows save forward calls, and take more memory.
 ROWS_PER_BATCH = 16
@@ -104,9 +105,10 @@ class Reading:
         host: the model.
         prefilled, trial: the prompt.
         modes: each layer's on this prompt.
-        forced: ``[1, q + ANSWER_TOKENS - 1]`` ids fed: the continuation and the answer but for its last token.
-        places: ``[3, 1, q + ANSWER_TOKENS - 1]`` their positions.
-        wanted: ``[1, ANSWER_TOKENS, V]`` logits of the full cache.
+        forced: ``[1, q + T - 1]`` ids fed: the continuation and the answer but for its last token. The answer is T
+            tokens long: :data:`ANSWER_TOKENS`, or up to the one that ends the turn.
+        places: ``[3, 1, q + T - 1]`` their positions.
+        wanted: ``[1, T, V]`` logits of the full cache.
     """
 
     host: Any
@@ -127,9 +129,11 @@ class Reading:
 
         with reading_caches(host):
             tokens = answer_greedily(host, full(), trial.continuation, trial.positions, ANSWER_TOKENS).tokens
-            forced = torch.cat([trial.continuation, tokens[:, :-1]], dim=1)
+            # What a model would say behind the end of its turn costs nobody anything.
+            count = min(length_of_turn(host, tokens[0]) + 1, ANSWER_TOKENS)
+            forced = torch.cat([trial.continuation, tokens[:, : count - 1]], dim=1)
             places = trial.positions[..., :1] + torch.arange(forced.shape[1], device=forced.device)
-            wanted = feed(host, full(), forced, places, keep=ANSWER_TOKENS)
+            wanted = feed(host, full(), forced, places, keep=count)
         return cls(host, prefilled, trial, prefilled.modes(plan), forced, places, wanted)
 
     def cache(self, settings: CompressionSettings) -> FlowCache:
@@ -137,9 +141,9 @@ class Reading:
         return self.prefilled.hide_last(self.prefilled.cache(settings), self.trial.fed_again)
 
     def divergence(self, caches: Sequence[FlowCache]) -> Tensor:
-        """``[caches, ANSWER_TOKENS]``: KL(full || compressed) in nats. Use inside :func:`reading_caches`."""
+        """``[caches, T]``: KL(full || compressed) in nats. Use inside :func:`reading_caches`."""
         forced = self.forced.expand(len(caches), -1)
-        logits = feed(self.host, FlowCache.stack(list(caches)), forced, self.places, keep=ANSWER_TOKENS)
+        logits = feed(self.host, FlowCache.stack(list(caches)), forced, self.places, keep=self.wanted.shape[1])
         return divergence(self.wanted, logits)
 
 

@@ -278,6 +278,13 @@ def answer_greedily(model: Any, cache: FlowCache, continuation: Tensor, position
     return Decoded(first, torch.stack(tokens, dim=1))
 
 
+def length_of_turn(host: Any, tokens: Tensor) -> int:
+    """Tokens of ``[T]`` ids in front of the one that ends the turn."""
+    ends = host.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    return next((place for place, token in enumerate(tokens.tolist()) if token in ends), len(tokens))
+
+
 def divergence(full: Tensor, compressed: Tensor) -> Tensor:
     """KL(full || compressed) in nats over the last dimension of two tensors of logits ``[..., V]``, in fp32."""
     reference = full.float().log_softmax(-1)

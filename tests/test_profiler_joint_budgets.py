@@ -17,7 +17,15 @@ from flowmm.profiler.joint_budgets import LEVELS, LOST, REACH, Allocation, measu
 from flowmm.profiler.sensitivity import PROTOCOLS
 from flowmm.runtime.budgets import entry_budget
 from flowmm.runtime.cache import CompressionSettings
-from flowmm.runtime.replay import answer_greedily, build_trial, divergence, feed, prefill, reading_caches
+from flowmm.runtime.replay import (
+    answer_greedily,
+    build_trial,
+    divergence,
+    feed,
+    length_of_turn,
+    prefill,
+    reading_caches,
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +71,11 @@ def test_a_cost_is_the_divergence_of_the_cache_that_a_run_would_make(
     with reading_caches(model.model):
         full = prefilled.full_cache()
         tokens = answer_greedily(model.model, full, trial.continuation, trial.positions, 4).tokens
-        fed = torch.cat([trial.continuation, tokens[:, :3]], dim=1)
+        count = min(length_of_turn(model.model, tokens[0]) + 1, 4)
+        fed = torch.cat([trial.continuation, tokens[:, : count - 1]], dim=1)
         places = trial.positions[..., :1] + torch.arange(fed.shape[1])
         wanted, given = (
-            feed(model.model, cache, fed, places, keep=4)
+            feed(model.model, cache, fed, places, keep=count)
             for cache in (prefilled.full_cache(), prefilled.cache(settings))
         )
     expected = divergence(wanted, given).clamp(max=LOST).mean()
