@@ -52,8 +52,10 @@ def packed_attention(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend as ``attention_mask`` says; the first ``shared`` rows are plainly causal, which halves their work."""
-    ahead = [state[:, :, :shared] for state in (query, key, value)]
-    context = scaled_dot_product_attention(*ahead, is_causal=True, scale=scaling, enable_gqa=True)
+    early_query, early_key, early_value = (state[:, :, :shared] for state in (query, key, value))
+    context = scaled_dot_product_attention(
+        early_query, early_key, early_value, is_causal=True, scale=scaling, enable_gqa=True
+    )
     mask = attention_mask[:, :, shared:]
     rest = scaled_dot_product_attention(
         query[:, :, shared:], key, value, attn_mask=mask, scale=scaling, enable_gqa=True

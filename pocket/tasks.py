@@ -202,13 +202,6 @@ def _handwriting(split: str) -> tuple[np.ndarray, np.ndarray]:
     return ink[chosen], labels[chosen]
 
 
-def _paint(kind: np.ndarray, ink: np.ndarray, corner: np.ndarray, canvas: np.ndarray) -> None:
-    """Lay colour ``kind [3]`` over the canvas at ``corner``, as strongly as ``ink [size, size]`` says (0 to 1)."""
-    top, left = corner
-    box = canvas[top : top + len(ink), left : left + len(ink)]
-    box += ink[..., None] * (kind - box)
-
-
 def _object(shape: str, cell: tuple[int, int], split: str, rng: np.random.Generator) -> tuple[Object, np.ndarray]:
     """Draw an object's colour and digit; return it with its drawing, ink ``[n, n]`` from 0 to 1."""
     colour = str(rng.choice(list(COLOURS)))

@@ -239,13 +239,12 @@ class Trainer:
         Words that the checkpoint does not know keep their start.
         """
         loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
-        known, table = Qwen2Tokenizer.from_pretrained(directory).get_vocab(), loaded.get_input_embeddings().weight
-        own = self.tokenizer.get_vocab()
+        known, own = Qwen2Tokenizer.from_pretrained(directory).get_vocab(), self.tokenizer.get_vocab()
+        table, rows = loaded.lm_head.weight, self.model.lm_head.weight
         shared = sorted(known.keys() & own.keys())
         weights = {name: value for name, value in loaded.named_parameters() if value is not table}
         self.model.load_state_dict(weights, strict=False)
         with torch.no_grad():
-            rows = self.model.get_input_embeddings().weight
             rows[[own[word] for word in shared]] = table[[known[word] for word in shared]]
         self.step = step
 

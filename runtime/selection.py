@@ -228,9 +228,7 @@ def _ranks(scores: Tensor, among: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(2, order, places)
 
 
-def _one_after_the_other(
-    view: LayerView, first: Tensor, name: str, number: float | None, share: float
-) -> Tensor:
+def _one_after_the_other(view: LayerView, first: Tensor, name: str, number: float | None, share: float) -> Tensor:
     count, slots = (view.free * share).long(), int(view.slots * share)
     chosen = (_ranks(first, view.open) < count[:, None, None]) & view.open
     rest = replace(

@@ -11,7 +11,7 @@ from flowmm.pocket.architecture import MERGE_SIZE, build_image_processor
 from flowmm.pocket.batches import draw_branch, pack
 from flowmm.pocket.muon import orthogonalise
 from flowmm.pocket.tokenizer import build_tokenizer
-from flowmm.pocket.train import Level, Recipe, Trainer
+from flowmm.pocket.train import Level, Recipe, Trainer, save_checkpoint
 
 SMALL = Recipe(
     vision_steps=2,
@@ -44,6 +44,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert resumed == losses
     assert second.tokens == whole.tokens
     torch.testing.assert_close(_weights(second), _weights(whole), rtol=0, atol=0)
+
+
+def test_a_run_can_begin_with_an_earlier_checkpoint(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    first, second = Trainer(SMALL, tokenizer), Trainer(dataclasses.replace(SMALL, seed=1), tokenizer)
+    save_checkpoint(first, tmp_path)
+    second.load_weights(tmp_path, step=4)
+    assert second.step == 4
+    rounded = {name: value.bfloat16().float() for name, value in _weights(first).items()}
+    torch.testing.assert_close(_weights(second), rounded, rtol=0, atol=0)
 
 
 def test_a_few_steps_lower_the_loss() -> None:

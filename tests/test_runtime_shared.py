@@ -80,8 +80,9 @@ def test_sharing_changes_nothing() -> None:
         assert torch.equal(together.positions, alone.positions)
         assert torch.equal(together.entries.keys, alone.entries.keys)
         assert torch.equal(together.entries.values, alone.entries.values)
-        biases = together.entries.bias, alone.entries.bias
-        assert biases == (None, None) or torch.equal(*biases)
+        biased, alike = together.entries.bias, alone.entries.bias
+        assert (biased is None) == (alike is None)
+        assert biased is None or alike is None or torch.equal(biased, alike)
         assert torch.equal(together.assignment.target, alone.assignment.target)
         assert torch.equal(torch.stack(together.totals), torch.stack(alone.totals))
 
