@@ -572,7 +572,7 @@ def _with_measured_layers(
     if rule == "joint":
         from flowmm.profiler.joint_budgets import measure_allocations, with_allocations
 
-        with shown_progress(quiet, "made cuts:") as progress:
+        with shown_progress(quiet, "cut layers by", "levels") as progress:
             path = measure_allocations(
                 loaded, plan, samples, limit=limit, protocols=_protocols(protocol), progress=progress
             )

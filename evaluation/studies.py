@@ -75,7 +75,7 @@ STUDIES = {
             "Selector",
             "Which entries stay (eq. 8)? All with the merging of the default preset, then without merging.",
             (
-                around("robust", *(f"selector={name}" for name in _SELECTORS)),
+                around("robust", *(f"selector={name}" for name in _SELECTORS), "first_share=0.25"),
                 around(
                     "robust:merge=evict", *(f"selector={name}" for name in ("proxy", "kcenter", "random", "uniform"))
                 ),
@@ -164,7 +164,7 @@ STUDIES = {
         Study(
             "layer_budgets",
             "Layer budgets",
-            "The same total, split evenly over the layers or by the plan's measured curves (`@measured`)?",
+            "The same total, split evenly over the layers or as the plan measured it (`@measured`)?",
             tuple(
                 Block((method, f"{method}@measured"))
                 for method in ("robust", "robust:merge=evict", "paper", "robust:selector=random")

@@ -16,15 +16,18 @@ RECENT = 64
 
 
 @contextmanager
-def shown_progress(quiet: bool = False, what: str = "profiled") -> Generator[Progress | None]:
-    """A callback for :func:`flowmm.profiler.profile` and its like; None when `quiet`. `what` begins the line."""
+def shown_progress(quiet: bool = False, what: str = "profiled", unit: str = "prompts") -> Generator[Progress | None]:
+    """A callback for :func:`flowmm.profiler.profile` and its like; None when `quiet`.
+
+    `what` begins the line, `unit` is what is counted.
+    """
     if quiet:
         yield None
     elif sys.stderr.isatty():
         with _bar(what) as update:
             yield update
     else:
-        yield _Lines(what)
+        yield _Lines(what, unit)
 
 
 @contextmanager
@@ -52,8 +55,9 @@ def _bar(what: str) -> Generator[Progress]:
 class _Lines:
     """A line after the first prompt, the last, and every few seconds in between."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, unit: str) -> None:
         self._what = what
+        self._unit = unit
         self._last = float("-inf")
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT)
 
@@ -63,7 +67,9 @@ class _Lines:
         if finished == total or now - self._last >= SECONDS_BETWEEN_LINES:
             self._last = now
             of_all = "" if total is None else f" of {total}"
-            print(f"flowmm: {self._what} {finished}{of_all} prompts{self._pace(total)}", file=sys.stderr, flush=True)
+            print(
+                f"flowmm: {self._what} {finished}{of_all} {self._unit}{self._pace(total)}", file=sys.stderr, flush=True
+            )
 
     def _pace(self, total: int | None) -> str:
         """Rate over recent prompts, so that those of an earlier run, which cost nothing, do not count for long."""
