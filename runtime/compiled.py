@@ -177,7 +177,11 @@ def merge_operation(device: torch.device) -> MergeLayer:
 
 @cache
 def _compiled() -> Callable[..., Outcome]:
-    os.environ.setdefault(CACHE_VARIABLE, str(_cache_directory()))
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # Importing torch's compiler may already have named a directory that does not outlive a restart.
+    if os.environ.get(CACHE_VARIABLE) in (None, default_cache_dir()):
+        os.environ[CACHE_VARIABLE] = str(_cache_directory())
     return torch.compile(merge_layer, fullgraph=True, dynamic=True)
 
 

@@ -141,8 +141,8 @@ operation = merge_operation(torch.device("cpu"))
 start = time.perf_counter()
 operation._function(*layer_arguments(512, 0.2, True, 0.5, METHODS["paper"]))
 counters = torch._dynamo.utils.counters
-hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
-print(hits, time.perf_counter() - start)
+misses = counters["inductor"]["fxgraph_cache_miss"]
+print(misses, time.perf_counter() - start)
 """
 
 
@@ -151,10 +151,10 @@ def test_a_second_process_finds_the_code_on_disk(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != compiled.CACHE_VARIABLE}
     environment |= {"XDG_CACHE_HOME": str(tmp_path)}
     words = [sys.executable, "-c", SECOND_PROCESS, str(Path(__file__).parent)]
-    hits = []
+    misses = []
     for _ in range(2):
         done = subprocess.run(words, env=environment, check=True, capture_output=True, text=True)
-        hits.append(int(done.stdout.split()[0]))
-    assert hits[0] == 0
-    assert hits[1] > 0
+        misses.append(int(done.stdout.split()[0]))
+    assert misses[0] > 0
+    assert misses[1] == 0
     assert (tmp_path / "flowmm" / "inductor").is_dir()
