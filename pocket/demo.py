@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the demo; every file it makes lies in ``--out``."""
     parser = argparse.ArgumentParser(prog="python -m flowmm.pocket.demo", description=main.__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for plan, prompts and answers")
-    parser.add_argument("--questions", type=int, default=8, help="how many to ask")
+    parser.add_argument("--questions", type=int, default=5, help="how many to ask")
     parser.add_argument("--calibration", type=int, default=32, help="how many prompts to profile")
     options = parser.parse_args(arguments)
     start = time.monotonic()
@@ -128,7 +128,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"Wrote {len(prompts)} questions about {sum(len(s.images) for s, _ in prompts)} images to {out / 'prompts'}/")
 
     print("\n1. Profile: how much attention crosses modalities in each layer? The answer is frozen in a plan.")
-    profile = ("profile", "--model", "pocket", "--limit", options.calibration, "--out", plan)
+    # Eight prompts measure layer budgets well enough for a look; the default is 32.
+    profile = (
+        "profile",
+        "--model",
+        "pocket",
+        "--limit",
+        options.calibration,
+        "--sensitivity-prompts",
+        8,
+        "--out",
+        plan,
+    )
     flowmm(*profile, "--no-resume", "--overwrite", "--json", save=out / "profile.json")
     flowmm("inspect", plan)
 
