@@ -68,11 +68,13 @@ def layer_entries(shares: Sequence[float], length: int, budget: Budget) -> list[
 
 def _spend_remainder(counts: list[int], exact: dict[int, float], total: int, length: int) -> list[int]:
     """Adjust floored counts one entry at a time, largest remainder first, until they sum to `total`."""
-    remainder = {layer: value - counts[layer] for layer, value in exact.items()}
+    remainder = {layer: exact.get(layer, counts[layer]) - counts[layer] for layer in range(len(counts))}
     while (missing := total - sum(counts)) != 0:
         step = 1 if missing > 0 else -1
-        movable = [layer for layer in exact if 1 <= counts[layer] + step <= length]
-        layer = max(movable, key=lambda candidate: (step * remainder[candidate], -candidate))
+        movable = [layer for layer in range(len(counts)) if 1 <= counts[layer] + step <= length]
+        # Where every open layer is down to its one entry, a capped layer gives.
+        open_ones = [layer for layer in movable if layer in exact] or movable
+        layer = max(open_ones, key=lambda candidate: (step * remainder[candidate], -candidate))
         counts[layer] += step
         remainder[layer] -= step
     return counts

@@ -6,7 +6,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flowmm.plans import scale_budgets
@@ -21,6 +21,7 @@ lengths = st.integers(1, 5000)
 
 @settings(max_examples=200, deadline=None)
 @given(rule=st.sampled_from(BUDGET_RULES), statistic=statistics, ratio=ratios, length=lengths)
+@example(rule="entropy", statistic=[0.0, 0.0, 2.0], ratio=0.5, length=2)
 def test_every_rule_keeps_exactly_the_asked_entries(
     rule: BudgetRule, statistic: list[float], ratio: float, length: int
 ) -> None:

@@ -48,7 +48,8 @@ def timeless(plan: Path) -> dict[str, Any]:
 
 
 def arguments(checkpoint: Path, out: Path, *more: str) -> list[str]:
-    return ["profile", "--model", str(checkpoint), "--limit", str(PROMPTS), "--out", str(out), *more]
+    sizes = ["--limit", str(PROMPTS), "--sensitivity-prompts", "2"]
+    return ["profile", "--model", str(checkpoint), *sizes, "--out", str(out), *more]
 
 
 def half_width(plan: Plan) -> float:
