@@ -270,7 +270,7 @@ def compress(
         operation=merge_operation(model.device) if compile else None,
     )
     run = Run(model, plan, settings, fingerprint)
-    see_rotary = run._see_rotary if chosen.needs_rotary else None
+    see_rotary = run._see_rotary if any(method.needs_rotary for method in settings.methods) else None
     with attached(model, run._flow_of, see_rotary, run._note_offsets), shadowed_generate(model, run) as shadow:
         run._shadow = shadow
         yield run

@@ -49,6 +49,16 @@ def test_no_gate_is_a_choice() -> None:
     assert str(choice) == "tau none"
 
 
+def test_a_layer_may_choose_its_pivots_its_own_way() -> None:
+    choice = {"selector": "kcenter", "keep_proxies": False, "cost": [0.5, 0.25]}
+    plan = Plan.loads(with_choice(choice))
+    assert plan.as_json()["layers"][2]["choice"] == choice
+    assert Plan.loads(plan.dumps()) == plan
+    method = plan.layer_methods(plan.method)[2]
+    assert (method.selector, method.keep_proxies, method.merge) == ("kcenter", False, plan.method.merge)
+    assert str(plan.layers[2].choice) == "selector kcenter, proxies not forced"
+
+
 def test_choices_belong_to_the_plans_own_method_at_any_budget() -> None:
     plan = Plan.loads(with_choice(CHOICE))
     assert plan.layer_methods(plan.method.model_copy(update={"budget": 0.05}))[2].merge == "average"
@@ -75,6 +85,12 @@ def test_a_measured_mode_may_contradict_rho_but_only_for_the_plans_own_method() 
         ({"min_sim": 2.0, "cost": [0.5, 0.1]}, "less than or equal to 1"),
         ({"mode": "online", "cost": [0.5, 0.1]}, "'cross' or 'intra'"),
         ({"merge": "evict"}, "required"),
+        ({"selector": "best", "cost": [0.5, 0.1]}, "expected one of"),
+        ({"selector": "proxy+kcenter+uniform", "cost": [0.5, 0.1]}, "at most two"),
+        ({"selector": "kcenter:8\n", "cost": [0.5, 0.1]}, "control characters"),
+        ({"selector": "kcenter", "first_share": 0.5, "cost": [0.5, 0.1]}, "first_share is of two selectors"),
+        ({"first_share": 1.5, "cost": [0.5, 0.1]}, "less than or equal to 1"),
+        ({"keep_proxies": 1, "cost": [0.5, 0.1]}, "valid boolean"),
     ],
 )
 def test_what_a_choice_may_not_say(choice: dict[str, Any], message: str) -> None:
@@ -117,3 +133,23 @@ def test_a_run_compresses_each_layer_by_its_choice() -> None:
             keys(plan, method.model_copy(update={"n_sink": 0})),
         )
     )
+
+
+@torch.no_grad()
+def test_a_chosen_selector_gets_the_rotary_embedding_that_the_method_does_without() -> None:
+    model, inputs = tiny_model(), tiny_inputs([[8, -16, 12, -9, 10]])
+    method = MethodParameters(selector="proxy", merge="evict")
+    assert not method.needs_rotary
+    plan = unprofiled_plan(fingerprint_model(model), flowmm_version=flowmm.__version__, method=method)
+    choice = LayerChoice(selector="kcenter", keep_proxies=False, cost=(1.0, 0.5))
+    layers = [layer.model_copy(update={"choice": choice} if layer.index == 1 else {}) for layer in plan.layers]
+    positions = []
+    for asked, changed in (
+        (plan.model_copy(update={"layers": tuple(layers)}), method),
+        (plan, choice.applied_to(method)),
+    ):
+        with flowmm.compress(model, asked, method=changed) as run:
+            model(**inputs)
+        positions.append([state.positions for state in run.cache.states])
+    assert torch.equal(positions[0][1], positions[1][1])
+    assert not torch.equal(positions[0][2], positions[1][2])
