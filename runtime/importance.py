@@ -54,6 +54,36 @@ def reduce_group(per_query_head: Tensor, reduce: GqaReduce) -> Tensor:
             return per_query_head.sum(2)
 
 
+def attention_received(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    counted: Tensor,
+    valid: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Column sums of :func:`rows_attention` over the counted rows, without ever normalising a row.
+
+    Shapes as there; `counted` ``[B, R]`` bool. Returns ``[B, Hkv, G, L]`` fp32.
+    """
+    batch, q_heads, _, dim = query.shape
+    kv_heads, length, count = key.shape[1], key.shape[2], rows.shape[1]
+    picked = query.gather(2, rows[:, None, :, None].expand(batch, q_heads, count, dim)).float() * scaling
+    scores = picked.reshape(batch, kv_heads, -1, dim) @ key.float().transpose(-1, -2)
+    scores = scores.view(batch, kv_heads, -1, count, length)
+    if bias is not None:
+        scores += bias[:, :, None, None].float()
+    visible = (torch.arange(length, device=key.device) <= rows[..., None]) & valid[:, None, :]
+    # Added, because filling through a mask that is spread over heads costs several times as much.
+    hidden = scores.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))
+    scores += hidden[:, None, None]
+    exponentials = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+    # A row's sum divides its weight instead of its entries, so that one product normalises and adds up.
+    weights = torch.where(counted[:, None, None], exponentials.sum(-1).reciprocal(), 0.0)
+    return (weights[..., None, :] @ exponentials).squeeze(-2)
+
+
 def proxy_importance(
     query: Tensor,
     key: Tensor,
@@ -68,9 +98,8 @@ def proxy_importance(
     Shapes as in :func:`rows_attention`. Returns ``[B, Hkv, L]`` fp32, 0 on padding; summed over a row of the prompt
     it equals the number of proxies (for ``mean``).
     """
-    attention = rows_attention(query, key, proxies.index, valid, scaling, bias)
-    counted = torch.where(proxies.used[:, None, None, :, None], attention, 0.0).sum(3)
-    return torch.where(valid[:, None, :], reduce_group(counted, reduce), 0.0)
+    received = attention_received(query, key, proxies.index, proxies.used, valid, scaling, bias)
+    return torch.where(valid[:, None, :], reduce_group(received, reduce), 0.0)
 
 
 def spread_rows(layout: PromptLayout, rows: int | None) -> tuple[Tensor, Tensor]:
@@ -94,7 +123,7 @@ def column_mean(
     scaling: float,
     reduce: GqaReduce = "mean",
     rows: int | None = None,
-    block: int = 32,
+    block: int = 8,
 ) -> Tensor:
     """Mean attention that each entry receives from the rows that can see it, in blocks of rows.
 
@@ -109,11 +138,18 @@ def column_mean(
     batch, heads, length = *key.shape[:2], key.shape[2]
     index, counted_rows = spread_rows(layout, rows)
     total = torch.zeros(batch, heads, length, device=key.device)
-    seen = torch.zeros(batch, length, device=key.device)
-    columns = torch.arange(length, device=key.device)
-    for part, counted in zip(index.split(block, 1), counted_rows.split(block, 1), strict=True):
-        attention = rows_attention(query, key, part, layout.valid, scaling)
-        kept = torch.where(counted[:, None, None, :, None], attention, 0.0).sum(3)
-        total += reduce_group(kept, reduce)
-        seen += ((columns <= part[..., None]) & counted[..., None]).sum(1)
+    parts = zip(index.split(block, 1), counted_rows.split(block, 1), strict=True)
+    for number, (part, counted) in enumerate(parts, start=1):
+        # No row of this block sees a column behind its last row, wherever that is in the rows of the batch.
+        width = max(_spread_row(number * block, own, length, rows) for own in layout.lengths) + 1
+        received = attention_received(query, key[:, :, :width], part, counted, layout.valid[:, :width], scaling)
+        total[..., :width] += reduce_group(received, reduce)
+    rows_at = torch.zeros(batch, length, device=key.device).scatter_add_(1, index, counted_rows.float())
+    seen = rows_at.flip(-1).cumsum(-1).flip(-1)
     return torch.where(layout.valid[:, None], total / seen.clamp(min=1)[:, None], 0.0)
+
+
+def _spread_row(turn: int, own: int, length: int, rows: int | None) -> int:
+    """What :func:`spread_rows` gives for one turn, on the host."""
+    used = min(own, rows or length)
+    return min(turn * own // used, own) - 1 + length - own

@@ -43,7 +43,7 @@ class Rotary:
 
     def undo(self, keys: Tensor) -> Tensor:
         """``[B, H, L, D]`` rotated keys to fp32 keys without position."""
-        return _turn(keys.float(), self.cos[:, None].float(), -self.sin[:, None].float())
+        return _turn(keys.float(), self.cos[:, None].float(), self.sin[:, None].float().neg())
 
     def redo(self, keys: Tensor, positions: Tensor) -> Tensor:
         """Rotate ``[B, H, N, D]`` to the columns `positions` ``[B, H, N]``; fp32."""
@@ -56,5 +56,8 @@ class Rotary:
 
 
 def _turn(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = keys.chunk(2, dim=-1)
-    return keys * cos + torch.cat([-second, first], dim=-1) * sin
+    turned = keys * cos
+    half = keys.shape[-1] // 2
+    turned[..., :half].addcmul_(keys[..., half:], sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(keys[..., :half], sin[..., half:])
+    return turned
