@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from flowmm.errors import InputError
-from flowmm.plans import Plan
+from flowmm.plans import LayerPlan, Plan, decide_mode
 from flowmm.plans.diff_statistics import Moments
 from flowmm.profiler.records import read_tables
 from flowmm.profiler.samples import dataset_sha256
@@ -108,3 +108,22 @@ def paired_changes(
             raise
         note(f"{error}. Comparing the plans' means instead")
         return None
+
+
+def redrawn(plan: Plan, rho: np.ndarray) -> Plan:
+    """`plan` as other prompts would have made it whose raw rho is `rho`, fp64 ``[prompts, layers]``: what a check
+    compares (mean, spread, number of prompts, margin, mode) follows from them, all else stays.
+
+    For judging the check itself on many draws without a profile for each.
+    """
+    means, stds = rho.mean(0), rho.std(0, ddof=1)
+
+    def row(layer: LayerPlan) -> LayerPlan:
+        if layer.rho is None:
+            return layer
+        mean, std = float(means[layer.index]), float(stds[layer.index])
+        margin = abs(mean - plan.method.theta) / std
+        measured = layer.rho.model_copy(update={"mean": mean, "std": std, "n": len(rho), "margin": margin})
+        return layer.model_copy(update={"mode": decide_mode(mean, plan.method.theta), "rho": measured})
+
+    return plan.model_copy(update={"layers": tuple(row(layer) for layer in plan.layers)})
