@@ -920,6 +920,11 @@ def _lengths(context: click.Context, parameter: click.Parameter, value: str) -> 
     return [int(number) for number in numbers]
 
 
+def _presets(context: click.Context, parameter: click.Parameter, value: str) -> list[str | None]:
+    names = _kinds(context, parameter, value)
+    return [_known_preset(context, parameter, name) for name in names] or [None]
+
+
 @cli.command()
 @click.option("--model", help="Alias, checkpoint directory or hub id.  [default: random weights of --shape]")
 @click.option("--shape", default="small", show_default=True, help="Of random weights: tiny, small, qwen2.5-vl-7b.")
@@ -927,13 +932,31 @@ def _lengths(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option("--tokens", default="1024,4096", show_default=True, callback=_lengths, help="Prompt lengths.")
 @click.option("--batch", default="1", show_default=True, callback=_lengths, help="Rows per prompt.")
 @click.option("--budgets", default="20%,100%", show_default=True, callback=_ratios, help="Shares of the prompt kept.")
-@PRESET_OPTION
+@click.option("--methods", default="", callback=_presets, help="Presets, such as robust,evict.  [default: the plan's]")
+@click.option(
+    "--caches",
+    default="dynamic,static,flowmm",
+    show_default=True,
+    callback=_kinds,
+    help="Of dynamic, static (transformers' own), flowmm, flowmm-static.",
+)
+@click.option("--compile", "compiled", is_flag=True, help="Compile merging, and decoding from static caches.")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Prefills per cache.")
 @click.option("--new-tokens", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@click.option(
+    "--minutes", type=click.FloatRange(0, min_open=True), help="Begin no prompt that would not end within so many."
+)
+@click.option(
+    "--memory", type=click.FloatRange(0, min_open=True), metavar="GIB", help="Leave out prompts whose caches need more."
+)
 @click.option("--note", default="", help="Kept with the results, such as what else ran on the machine.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON there, too.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON there, too, after every prompt."
+)
+@click.option("--resume", is_flag=True, help="Keep what OUT already holds, and measure the rest.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
 @_loading_options
 def bench(
     model: str | None,
@@ -942,49 +965,50 @@ def bench(
     tokens: list[int],
     batch: list[int],
     budgets: list[float],
-    preset: str | None,
+    methods: list[str | None],
+    caches: list[Any],
+    compiled: bool,
     rounds: int,
     new_tokens: int,
     threads: int | None,
+    minutes: float | None,
+    memory: float | None,
     note: str,
     out: Path | None,
+    resume: bool,
     as_json: bool,
+    quiet: bool,
     **loading: Any,
 ) -> None:
     """Measure prefill, time per token and memory against transformers' own caches, in turns."""
     import json
 
     from flowmm.plans import Plan, resolve_plan
-    from flowmm.plans.files import write_atomic
 
+    if resume and out is None:
+        raise click.UsageError("--resume needs --out, the file to go on with")
     loaded_plan = None if plan is None else Plan.load(resolve_plan(plan))
     import torch
 
-    from flowmm.models.random_weights import image_prompt
-    from flowmm.runtime import bench as measure
+    from flowmm.runtime.bench import Settings
+    from flowmm.runtime.bench_grid import Limits, cells, run_grid, table
 
+    settings = Settings(tuple(caches), tuple(budgets), tuple(methods), rounds, new_tokens, compiled)
     _calm_libraries()
     if threads is not None:
         torch.set_num_threads(threads)
-    host = _bench_model(model, shape, loading)
-    bandwidth = measure.measured_bandwidth(host.device)
-    rows = []
-    for length in tokens:
-        for width in batch:
-            rows += measure.bench(
-                host,
-                image_prompt(host, length, width),
-                budgets=budgets,
-                plan=loaded_plan,
-                method=preset,
-                rounds=rounds,
-                new_tokens=new_tokens,
-                bandwidth=bandwidth,
-            )
-    described = json.dumps(measure.report(rows, host, bandwidth, note), indent=2)
-    if out is not None:
-        write_atomic(out, described + "\n")
-    click.echo(described if as_json else measure.table(rows))
+    result = run_grid(
+        _bench_model(model, shape, loading),
+        cells(tokens, batch),
+        settings,
+        plan=loaded_plan,
+        limits=Limits(minutes, memory),
+        out=out,
+        resume=resume,
+        note=note,
+        progress=(lambda line: None) if quiet else _note,
+    )
+    click.echo(json.dumps(result, indent=1) if as_json else table(result))
 
 
 def _bench_model(model: str | None, shape: str, loading: Mapping[str, Any]) -> Any:

@@ -10,12 +10,12 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import transformers
@@ -27,28 +27,40 @@ from flowmm.errors import InputError
 from flowmm.models import fingerprint_model, text_config
 from flowmm.plans import Plan, unprofiled_plan
 from flowmm.runtime.attention import attached
+from flowmm.runtime.budgets import planned_entries
 from flowmm.runtime.cache import FlowCache
 from flowmm.runtime.context import compress
+from flowmm.runtime.host import offsets_of
+from flowmm.runtime.peak_memory import PeakMemory
+from flowmm.runtime.static_cache import StaticFlowCache
 
 WARM_UP_TOKENS = 3
-BASELINE = "dynamic"
 MIB = 2**20
+# Larger than the last-level cache of common machines, so that a pass comes from memory.
+READ_MIB = 192
+
+CacheKind = Literal["dynamic", "static", "flowmm", "flowmm-static"]
+CACHE_KINDS: tuple[CacheKind, ...] = get_args(CacheKind)
+BASELINE: CacheKind = "dynamic"
+FIXED_SHAPE = ("static", "flowmm-static")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Median of several measurements and the quarter of them that lies below and above."""
+    """Several measurements: their median, the quarter that lies below and above, the least and the greatest."""
 
     median: float
     low: float
     high: float
+    least: float
+    greatest: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Figure:
         if len(values) < 2:
-            return cls(values[0], values[0], values[0])
+            return cls(*[values[0]] * 5)
         low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(statistics.median(values), low, high)
+        return cls(statistics.median(values), low, high, min(values), max(values))
 
 
 @dataclass(frozen=True)
@@ -56,31 +68,49 @@ class Row:
     """One cache on one prompt.
 
     Attributes:
-        cache: ``dynamic`` and ``static`` are transformers' own, ``flowmm B`` keeps the share B.
-        prefill_s: seconds until the first token is known (TTFT of prepared inputs).
+        cache: ``dynamic`` and ``static`` are transformers' own, ``flowmm`` grows, ``flowmm-static`` has a fixed shape.
+        method: preset of a flowmm cache; None: the plan's own, or transformers' cache.
+        budget: share kept of the prompt.
+        compiled: merging, and decoding of a cache of fixed shape, ran as compiled code.
+        prefill_s: seconds in the text layers, compression included.
+        ttft_s: seconds from prepared inputs (pixels) to the first token on the host.
         token_s: seconds per later token (TPOT).
-        prefill_ratio, token_ratio: to the dynamic cache, in pairs.
-        prompt_bytes: keys, values and biases of the entries kept of the prompt.
-        contract_bytes: sum over layers of kept x 2 x KV heads x head dimension x item size.
+        prefill_ratio, ttft_ratio, token_ratio: to the dynamic cache, in pairs.
+        tokens_per_s: of the whole batch.
+        prompt_bytes: keys, values and biases of the entries kept of the prompt, as the tensors hold them.
+        contract_bytes: sum over layers of kept x 2 x KV heads x head dimension x item size, from the plan alone.
         reserved_bytes: memory beyond the entries, for tokens to come.
-        extra_peak_bytes: peak memory of the prefill beyond what was held before it, None where it cannot be read.
-        roofline_s: bytes that a token must move over the measured bandwidth.
+        peak_bytes: most memory that the prefill held beyond what was held before it; the cache it leaves is included.
+        peak_over_dynamic_layers: by how much that exceeds the dynamic cache's, in KV bytes of one full layer.
+        compile_prefill_s, compile_token_s: what the first call took beyond a later one; None: not compiled.
+        roofline_s: bytes that a token must read over the best bandwidth seen.
         roofline_ratio: `token_s` over `roofline_s`.
+        roofline_paired: the same, each token against a read that was timed right beside it.
     """
 
-    cache: str
     tokens: int
     batch: int
+    cache: CacheKind
+    method: str | None
+    budget: float
+    compiled: bool
     prefill_s: Figure
     prefill_ratio: Figure
+    ttft_s: Figure
+    ttft_ratio: Figure
     token_s: Figure
     token_ratio: Figure
+    tokens_per_s: float
     prompt_bytes: int
     contract_bytes: int
     reserved_bytes: int
-    extra_peak_bytes: int | None
+    peak_bytes: int
+    peak_over_dynamic_layers: float
+    compile_prefill_s: float | None
+    compile_token_s: float | None
     roofline_s: float
     roofline_ratio: float
+    roofline_paired: Figure
 
 
 def environment(note: str = "") -> dict[str, Any]:
@@ -88,7 +118,7 @@ def environment(note: str = "") -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": f"{len(os.sched_getaffinity(0))} CPU cores, {platform.machine()}",
+        "machine": f"{len(os.sched_getaffinity(0))} CPU cores, {_processor()}",
         "device": device,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -99,18 +129,60 @@ def environment(note: str = "") -> dict[str, Any]:
     }
 
 
-def measured_bandwidth(device: torch.device, size_mib: int = 512, repeats: int = 9) -> float:
-    """Bytes per second at which this machine reads a large matrix times a vector, the best of several tries."""
-    rows = size_mib * MIB // (4 * 1024)
-    matrix, vector = torch.ones(rows, 1024, device=device), torch.ones(1024, device=device)
-    times = []
-    for _ in range(repeats):
-        _wait(device)
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return " ".join([*names[:1], platform.machine()])
+
+
+class Bandwidth:
+    """Bytes per second at which this machine reads memory, with as many threads as the model runs on.
+
+    A large matrix times a vector: like decoding, it reads every byte once and writes next to nothing.
+
+    Attributes:
+        times: seconds of every pass so far.
+    """
+
+    def __init__(self, device: torch.device, size_mib: int = READ_MIB) -> None:
+        self._matrix = torch.ones(size_mib * MIB // (4 * 1024), 1024, device=device)
+        self._vector = torch.ones(1024, device=device)
+        self.times: list[float] = []
+        # The first pass pays for pages that nobody has touched.
+        torch.mv(self._matrix, self._vector)
+
+    def read(self) -> float:
+        """Time one pass."""
+        _wait(self._matrix.device)
         start = time.perf_counter()
-        torch.mv(matrix, vector)
-        _wait(device)
-        times.append(time.perf_counter() - start)
-    return matrix.nbytes / min(times)
+        torch.mv(self._matrix, self._vector)
+        _wait(self._matrix.device)
+        self.times.append(time.perf_counter() - start)
+        return self.nbytes / self.times[-1]
+
+    @property
+    def nbytes(self) -> int:
+        return self._matrix.nbytes
+
+    @property
+    def best(self) -> float:
+        """The fastest pass of at least nine."""
+        while len(self.times) < 9:
+            self.read()
+        return self.nbytes / min(self.times)
+
+    def describe(self) -> dict[str, Any]:
+        """JSON values."""
+        best = self.best
+        return {
+            "gb_s": round(best / 1e9, 2),
+            "median_gb_s": round(self.nbytes / statistics.median(self.times) / 1e9, 2),
+            "passes": len(self.times),
+            "mib": self.nbytes // MIB,
+        }
 
 
 def bytes_per_token(model: Any) -> int:
@@ -121,6 +193,13 @@ def bytes_per_token(model: Any) -> int:
     return layers + head.nbytes
 
 
+def entry_bytes(model: Any) -> int:
+    """Bytes of one entry of one layer: a key and a value per KV head."""
+    text = text_config(model.config)
+    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_key_value_heads * dim * model.dtype.itemsize
+
+
 def fixed_plan(model: Any) -> Plan:
     """A plan whose layers' modes are decided beforehand, as a profiled model's are."""
     plan = unprofiled_plan(fingerprint_model(model), flowmm_version=flowmm.__version__)
@@ -128,120 +207,226 @@ def fixed_plan(model: Any) -> Plan:
     return plan.model_copy(update={"layers": layers})
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What is compared on every prompt.
+
+    Attributes:
+        caches: kinds; ``dynamic`` is always there, because ratios are to it.
+        budgets: shares kept by each flowmm cache.
+        methods: presets of each flowmm cache; None: the plan's own.
+        rounds: prefills of each cache that are counted; one more comes first, in which memory is measured.
+        new_tokens: tokens decoded with each cache that are counted, after a few that are not.
+        compiled: merge with compiled code, and decode with it from caches of fixed shape.
+    """
+
+    caches: tuple[CacheKind, ...] = ("dynamic", "static", "flowmm")
+    budgets: tuple[float, ...] = (0.2, 1.0)
+    methods: tuple[str | None, ...] = (None,)
+    rounds: int = 5
+    new_tokens: int = 32
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or self.new_tokens < 1:
+            raise InputError(f"rounds={self.rounds}, new_tokens={self.new_tokens}: expected at least 1")
+        unknown = set(self.caches) - set(CACHE_KINDS)
+        if unknown:
+            raise InputError(f"{', '.join(sorted(unknown))}: expected caches among {', '.join(CACHE_KINDS)}")
+        object.__setattr__(self, "caches", (BASELINE, *(kind for kind in self.caches if kind != BASELINE)))
+
+
 @torch.no_grad()
 def bench(
     model: Any,
     inputs: dict[str, Tensor],
+    settings: Settings | None = None,
     *,
-    budgets: Sequence[float] = (0.2, 1.0),
     plan: Plan | None = None,
-    method: str | None = None,
-    rounds: int = 5,
-    new_tokens: int = 32,
-    bandwidth: float | None = None,
+    bandwidth: Bandwidth | None = None,
 ) -> list[Row]:
     """Compare caches on one prompt (or batch).
 
     Args:
-        budgets: shares kept by flowmm, one row each.
         plan: default :func:`fixed_plan`.
-        method: a preset; default: the plan's.
-        rounds: prefills of each cache; the first one of a process is not counted.
-        new_tokens: tokens decoded with each cache.
-        bandwidth: of :func:`measured_bandwidth`, measured if not given.
-
-    Raises:
-        InputError: no rounds or tokens to measure.
+        bandwidth: a meter that earlier prompts used, too.
     """
-    if rounds < 1 or new_tokens < 1:
-        raise InputError(f"rounds={rounds}, new_tokens={new_tokens}: expected at least 1")
-    plan = plan or fixed_plan(model)
-    bandwidth = bandwidth or measured_bandwidth(model.device)
-    steps = new_tokens + WARM_UP_TOKENS
-    contestants = [
-        _Contestant(BASELINE, lambda: DynamicCache(config=text_config(model.config))),
-        _Contestant("static", lambda: _static_cache(model, inputs, steps)),
-        *(_Contestant(f"flowmm {budget:g}", plan=plan, budget=budget, method=method) for budget in budgets),
-    ]
-    _prefill_in_turns(model, inputs, contestants, rounds)
+    settings, plan = settings or Settings(), plan or fixed_plan(model)
+    bandwidth = bandwidth or Bandwidth(model.device)
+    contestants = _contestants(settings, plan)
+    _prefill_in_turns(model, inputs, contestants, settings)
     sizes = [_Size.of(contestant.cache) for contestant in contestants]
-    _decode_in_turns(model, contestants, steps)
-    baseline = contestants[0]
+    reads = _decode_in_turns(model, inputs, contestants, settings, bandwidth)
     return [
-        _row(model, inputs, contestant, baseline, size, bandwidth)
+        _row(model, inputs, contestant, contestants[0], size, plan, bandwidth.best, reads)
         for contestant, size in zip(contestants, sizes, strict=True)
     ]
 
 
+@dataclass
 class _Contestant:
     """A cache under measurement and the times taken with it."""
 
-    def __init__(
-        self,
-        name: str,
-        make: Callable[[], Any] | None = None,
-        plan: Plan | None = None,
-        budget: float | None = None,
-        method: str | None = None,
-    ) -> None:
-        self.name = name
-        self._make, self._plan, self._budget, self._method = make, plan, budget, method
-        self.cache: Any = None
-        self.prefills: list[float] = []
-        self.tokens: list[float] = []
-        self.extra_peak: int | None = None
-        self.next: Tensor | None = None
+    kind: CacheKind
+    compiled: bool
+    plan: Plan | None = None
+    budget: float = 1.0
+    method: str | None = None
+    cache: Any = None
+    next: Tensor | None = None
+    prefills: list[float] = field(default_factory=list)
+    firsts: list[float] = field(default_factory=list)
+    tokens: list[float] = field(default_factory=list)
+    peak: int = 0
+    first_prefill_s: float = 0.0
+    first_token_s: float = 0.0
 
     @contextmanager
-    def reading(self, model: Any) -> Any:
-        """Inside the block the model fills :attr:`cache`."""
-        if self._make is not None or self._plan is None:
-            self.cache = None if self._make is None else self._make()
+    def reading(self, model: Any, inputs: dict[str, Tensor], room: int) -> Generator[None]:
+        """Inside the block the model fills :attr:`cache`, which is fresh."""
+        self.cache = None
+        if self.plan is None:
+            config, tokens = text_config(model.config), inputs["input_ids"].shape[1]
+            static = self.kind == "static"
+            self.cache = (
+                StaticCache(config=config, max_cache_len=tokens + room) if static else DynamicCache(config=config)
+            )
             yield
             return
-        with compress(model, self._plan, budget=self._budget, method=self._method) as run:
-            self.cache = run.new_cache()
-            yield
+        with compress(model, self.plan, budget=self.budget, method=self.method, compile=self.compiled) as run:
+            self.cache = run.static_cache(room) if self.kind == "flowmm-static" else run.new_cache()
+            with self.cache.prefill() if isinstance(self.cache, StaticFlowCache) else nullcontext():
+                yield
 
 
-def _static_cache(model: Any, inputs: dict[str, Tensor], steps: int) -> StaticCache:
-    return StaticCache(config=text_config(model.config), max_cache_len=inputs["input_ids"].shape[1] + steps)
+def _contestants(settings: Settings, plan: Plan) -> list[_Contestant]:
+    made = []
+    for kind in settings.caches:
+        if not kind.startswith("flowmm"):
+            made.append(_Contestant(kind, settings.compiled and kind in FIXED_SHAPE))
+            continue
+        made += [
+            _Contestant(kind, settings.compiled, plan, budget, method)
+            for method in settings.methods
+            for budget in settings.budgets
+        ]
+    return made
 
 
-def _prefill_in_turns(model: Any, inputs: dict[str, Tensor], contestants: Sequence[_Contestant], rounds: int) -> None:
-    for turn in range(rounds + 1):
-        for contestant in _rotated(contestants, turn):
+class _DecoderClock:
+    """Seconds spent in the text layers of the latest forward call."""
+
+    def __init__(self, model: Any) -> None:
+        self._decoder, self._device = model.get_decoder(), model.device
+        self.seconds = 0.0
+
+    def __enter__(self) -> _DecoderClock:
+        self._handles = [
+            self._decoder.register_forward_pre_hook(self._start, with_kwargs=True),
+            self._decoder.register_forward_hook(self._stop),
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _start(self, *_: Any) -> None:
+        _wait(self._device)
+        self._began = time.perf_counter()
+
+    def _stop(self, *_: Any) -> None:
+        _wait(self._device)
+        self.seconds = time.perf_counter() - self._began
+
+
+def _prefill_in_turns(
+    model: Any, inputs: dict[str, Tensor], contestants: Sequence[_Contestant], settings: Settings
+) -> None:
+    room = settings.new_tokens + WARM_UP_TOKENS + 1
+    with _DecoderClock(model) as clock:
+        for contestant in contestants:
+            # What is compiled, or made once, is nobody's memory peak.
+            if contestant.compiled and contestant.plan is not None:
+                contestant.first_prefill_s = _prefill(model, inputs, contestant, room)
             contestant.cache = None
-            with contestant.reading(model), _PeakMemory(model.device) as peak:
-                _wait(model.device)
-                start = time.perf_counter()
-                logits = model(**inputs, past_key_values=contestant.cache, logits_to_keep=1).logits
-                contestant.next = logits[:, -1:].argmax(-1)
-                _wait(model.device)
-                seconds = time.perf_counter() - start
-            if turn:
-                contestant.prefills.append(seconds)
-                contestant.extra_peak = peak.extra
+            with PeakMemory(model.device) as peak:
+                _prefill(model, inputs, contestant, room)
+            contestant.peak = peak.extra
+        for turn in range(settings.rounds):
+            for contestant in _rotated(contestants, turn):
+                contestant.firsts.append(_prefill(model, inputs, contestant, room))
+                contestant.prefills.append(clock.seconds)
 
 
-def _decode_in_turns(model: Any, contestants: Sequence[_Contestant], steps: int) -> None:
+def _prefill(model: Any, inputs: dict[str, Tensor], contestant: _Contestant, room: int) -> float:
+    """Seconds until the first token is on the host."""
+    with contestant.reading(model, inputs, room):
+        _wait(model.device)
+        start = time.perf_counter()
+        logits = model(**inputs, past_key_values=contestant.cache, logits_to_keep=1).logits
+        contestant.next = logits[:, -1:].argmax(-1)
+        contestant.next.tolist()
+        return time.perf_counter() - start
+
+
+def _decode_in_turns(
+    model: Any,
+    inputs: dict[str, Tensor],
+    contestants: Sequence[_Contestant],
+    settings: Settings,
+    bandwidth: Bandwidth,
+) -> list[float]:
+    """Decode; returns the bandwidth beside each token."""
+
     def pick(kwargs: dict[str, Any]) -> FlowCache | None:
         cache = kwargs.get("past_key_values")
+        if isinstance(cache, StaticFlowCache):
+            return cache
         if not isinstance(cache, FlowCache):
             return None
         cache.begin_token(kwargs["input_ids"])
         return cache
 
-    with attached(model, pick):
-        for step in range(steps):
+    batch, tokens = inputs["input_ids"].shape
+    offsets, reads = offsets_of(model), []
+    position = torch.full((batch, 1), tokens, device=model.device)
+    if offsets is not None:
+        # M-RoPE: temporal, height and width positions, the same for text.
+        position = (position + offsets).expand(3, batch, 1)
+    with attached(model, pick), _many_graphs():
+        compiled = _compiled_call(model) if any(contestant.compiled for contestant in contestants) else None
+        for step in range(settings.new_tokens + WARM_UP_TOKENS):
             for contestant in _rotated(contestants, step):
+                call = compiled if contestant.compiled and contestant.kind in FIXED_SHAPE else None
                 _wait(model.device)
                 start = time.perf_counter()
-                output = model(input_ids=contestant.next, past_key_values=contestant.cache)
+                output = (call or model)(
+                    input_ids=contestant.next, position_ids=position + step, past_key_values=contestant.cache
+                )
                 contestant.next = output.logits[:, -1:].argmax(-1)
                 _wait(model.device)
+                seconds = time.perf_counter() - start
                 if step >= WARM_UP_TOKENS:
-                    contestant.tokens.append(time.perf_counter() - start)
+                    contestant.tokens.append(seconds)
+                elif step == 0:
+                    contestant.first_token_s = seconds
+            if step >= WARM_UP_TOKENS:
+                reads.append(bandwidth.read())
+    return reads
+
+
+def _compiled_call(model: Any) -> Callable[..., Any]:
+    mode = "reduce-overhead" if model.device.type == "cuda" else "default"
+    return torch.compile(model.__call__, fullgraph=True, dynamic=False, mode=mode)
+
+
+@contextmanager
+def _many_graphs() -> Generator[None]:
+    """Every size of a cache makes a graph of its own here, more than torch holds to be healthy."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield
 
 
 def _rotated(contestants: Sequence[_Contestant], turn: int) -> list[_Contestant]:
@@ -257,129 +442,65 @@ def _wait(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class _Size:
-    entries: int
-    contract: int
+    held: int
     reserved: int
 
     @classmethod
     def of(cls, cache: Any) -> _Size:
         """Bytes of a cache that holds a prompt."""
         if isinstance(cache, FlowCache):
-            tensors = [tensor for layer in cache.states for tensor in layer.first_entries(layer.kept)]
-            return cls(cache.nbytes, sum(tensor.nbytes for tensor in tensors), cache.reserved_bytes)
+            return cls(cache.nbytes, cache.reserved_bytes)
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         if isinstance(cache, StaticCache):
             filled = held * int(cache.get_seq_length()) // cache.get_max_length()
-            return cls(filled, filled, held - filled)
-        return cls(held, held, 0)
+            return cls(filled, held - filled)
+        return cls(held, 0)
 
 
 def _row(
-    model: Any, inputs: dict[str, Tensor], contestant: _Contestant, baseline: _Contestant, size: _Size, bandwidth: float
+    model: Any,
+    inputs: dict[str, Tensor],
+    contestant: _Contestant,
+    baseline: _Contestant,
+    size: _Size,
+    plan: Plan,
+    best: float,
+    reads: Sequence[float],
 ) -> Row:
     batch, tokens = inputs["input_ids"].shape
+    entry = entry_bytes(model) * batch
     token = Figure.of(contestant.tokens)
-    roofline = (bytes_per_token(model) + size.entries) / bandwidth
+    first = Figure.of(contestant.firsts)
+    needed = bytes_per_token(model) + size.held
+    entries = planned_entries(plan.layer_budgets, contestant.budget)(tokens)
+    compiles_token = contestant.compiled and contestant.kind in FIXED_SHAPE
+    compiles_prefill = contestant.compiled and contestant.plan is not None
     return Row(
-        cache=contestant.name,
         tokens=tokens,
         batch=batch,
+        cache=contestant.kind,
+        method=contestant.method,
+        budget=contestant.budget,
+        compiled=contestant.compiled,
         prefill_s=Figure.of(contestant.prefills),
         prefill_ratio=_paired(contestant.prefills, baseline.prefills),
+        ttft_s=first,
+        ttft_ratio=_paired(contestant.firsts, baseline.firsts),
         token_s=token,
         token_ratio=_paired(contestant.tokens, baseline.tokens),
-        prompt_bytes=size.entries,
-        contract_bytes=size.contract,
+        tokens_per_s=batch / token.median,
+        prompt_bytes=size.held,
+        contract_bytes=sum(entries) * entry,
         reserved_bytes=size.reserved,
-        extra_peak_bytes=contestant.extra_peak,
-        roofline_s=roofline,
-        roofline_ratio=token.median / roofline,
+        peak_bytes=contestant.peak,
+        peak_over_dynamic_layers=(contestant.peak - baseline.peak) / (tokens * entry),
+        compile_prefill_s=max(0.0, contestant.first_prefill_s - first.median) if compiles_prefill else None,
+        compile_token_s=max(0.0, contestant.first_token_s - token.median) if compiles_token else None,
+        roofline_s=needed / best,
+        roofline_ratio=token.median * best / needed,
+        roofline_paired=Figure.of([a * b / needed for a, b in zip(contestant.tokens, reads, strict=True)]),
     )
 
 
 def _paired(values: Sequence[float], reference: Sequence[float]) -> Figure:
     return Figure.of([value / other for value, other in zip(values, reference, strict=True)])
-
-
-class _PeakMemory:
-    """Peak memory inside a block beyond what was held at its start; ``extra`` is None where it cannot be read."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.extra: int | None = None
-
-    def __enter__(self) -> _PeakMemory:
-        self._start = self._reset()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        peak = self._peak()
-        self.extra = None if self._start is None or peak is None else peak - self._start
-
-    def _reset(self) -> int | None:
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-            return torch.cuda.memory_allocated(self._device)
-        try:
-            # Linux: forget the highest resident size seen so far.
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return None
-        return _status("VmRSS")
-
-    def _peak(self) -> int | None:
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        return _status("VmHWM")
-
-
-def _status(field: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
-    return int(found[0]) * 1024 if found else None
-
-
-def report(rows: Sequence[Row], model: Any, bandwidth: float, note: str = "") -> dict[str, Any]:
-    """JSON-ready: environment, model, bandwidth, one object per row."""
-    text = text_config(model.config)
-    return {
-        "environment": environment(note),
-        "model": {
-            "layers": text.num_hidden_layers,
-            "hidden": text.hidden_size,
-            "heads": text.num_attention_heads,
-            "kv_heads": text.num_key_value_heads,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "bytes_per_token": bytes_per_token(model),
-        },
-        "bandwidth_gb_s": round(bandwidth / 1e9, 2),
-        "rows": [asdict(row) for row in rows],
-    }
-
-
-def table(rows: Sequence[Row]) -> str:
-    """The rows for a terminal."""
-    head = ("cache", "tokens", "batch", "prefill", "ratio", "token", "ratio", "/ roofline", "KV MiB", "peak MiB")
-    lines = [
-        (
-            row.cache,
-            str(row.tokens),
-            str(row.batch),
-            f"{row.prefill_s.median * 1e3:.0f} ms",
-            f"{row.prefill_ratio.median:.3f}",
-            f"{row.token_s.median * 1e3:.2f} ms",
-            f"{row.token_ratio.median:.3f}",
-            f"{row.roofline_ratio:.2f}",
-            f"{row.prompt_bytes / MIB:.2f}",
-            "-" if row.extra_peak_bytes is None else f"{row.extra_peak_bytes / MIB:.1f}",
-        )
-        for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in (head, *lines)
-    )
