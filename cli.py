@@ -720,7 +720,17 @@ def check(
 )
 @click.option("--compare", is_flag=True, help="Answer on the full cache, too, and show both.")
 @click.option("--no-compress", is_flag=True, help="Answer on the full cache only.")
-@click.option("--compile/--no-compile", "compiled", default=None, help="Merge with compiled code.  [default: on a GPU]")
+@click.option(
+    "--cache",
+    type=click.Choice(["growing", "static"]),
+    help="static: memory of fixed shape, in which decoding can be compiled, too; the same tokens.  [default: growing]",
+)
+@click.option(
+    "--compile/--no-compile",
+    "compiled",
+    default=None,
+    help="Merge with compiled code, and decode with it from a static cache.  [default: on a GPU]",
+)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: greedy.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample from this share of probability.")
@@ -741,6 +751,7 @@ def run(
     check: Any,
     compare: bool,
     no_compress: bool,
+    cache: str | None,
     compiled: bool | None,
     max_new_tokens: int,
     temperature: float,
@@ -769,7 +780,7 @@ def run(
     sampling = generation.Sampling(max_new_tokens, temperature, top_p, seed)
     compression = None
     if loaded_plan is not None and not no_compress:
-        compression = generation.Compression(loaded_plan, budget, preset, check, compiled)
+        compression = generation.Compression(loaded_plan, budget, preset, check, compiled, cache == "static")
     streaming = sys.stdout.isatty() if stream is None else stream
     on_text = (lambda piece: click.echo(piece, nl=False)) if streaming and not (as_json or compare) else None
     comparison = None
@@ -799,8 +810,8 @@ def _refuse_combinations(options: Mapping[str, Any]) -> None:
         "--plan is missing (only --no-compress with --model goes without)": not (
             options["plan"] or (whole and options["model"])
         ),
-        "--no-compress excludes --compare, --check, --budget and --preset": whole
-        and (compare or options["check"] or options["budget"] or options["preset"]),
+        "--no-compress excludes --compare, --check, --cache, --budget and --preset": whole
+        and (compare or any(options[name] for name in ("check", "cache", "budget", "preset"))),
         "--stream excludes --json and --compare, which print when all is done": options["stream"]
         and (as_json or compare),
         "--top-p needs a --temperature above 0": options["top_p"] is not None and options["temperature"] == 0,

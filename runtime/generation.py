@@ -11,11 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import DynamicCache, TextStreamer
+from transformers.generation.configuration_utils import CompileConfig
 
 from flowmm.errors import FlowmmError, InputError
 from flowmm.models import LoadedModel, load_model, resolve_source
 from flowmm.plans import MethodParameters, Plan
 from flowmm.runtime.budgets import Budget
+from flowmm.runtime.compiled import compiler_for
 from flowmm.runtime.context import Run, compress
 from flowmm.runtime.online import CheckAction
 from flowmm.runtime.report import LayerReport, RunReport
@@ -42,18 +44,44 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Compression:
-    """The arguments of :func:`flowmm.compress` except the model; ``compile=None``: on a GPU only."""
+    """The arguments of :func:`flowmm.compress` except the model; ``compile=None``: on a GPU only.
+
+    ``static``: the answer goes into a cache of fixed shape, whose decoding is compiled where merging is.
+    """
 
     plan: Plan
     budget: Budget | None = None
     method: MethodParameters | str | None = None
     check: CheckAction | None = None
     compile: bool | None = None
+    static: bool = False
+
+    def compiles_on(self, model: Any) -> bool:
+        """Whether compiled code is asked for."""
+        return model.device.type == "cuda" if self.compile is None else self.compile
+
+    def options(self, model: Any) -> dict[str, Any]:
+        """Arguments of ``model.generate`` inside the block."""
+        if not self.static:
+            return {}
+        if not self.compiles_on(model) or compiler_for(model.device) is None:
+            return {"cache_implementation": "static", "disable_compile": True}
+        # CUDA graphs where there is a GPU.
+        mode = "reduce-overhead" if model.device.type == "cuda" else "default"
+        config = CompileConfig(fullgraph=True, dynamic=False, mode=mode)
+        config._compile_all_devices = True
+        return {"cache_implementation": "static", "compile_config": config}
 
     def of(self, model: Any) -> AbstractContextManager[Run]:
         """The block inside which `model` compresses."""
-        compiled = model.device.type == "cuda" if self.compile is None else self.compile
-        return compress(model, self.plan, budget=self.budget, method=self.method, check=self.check, compile=compiled)
+        return compress(
+            model,
+            self.plan,
+            budget=self.budget,
+            method=self.method,
+            check=self.check,
+            compile=self.compiles_on(model),
+        )
 
 
 @dataclass(frozen=True)
@@ -244,7 +272,7 @@ def generate_answer(
             ids, timing = _timed(loaded, inputs, sampling, on_text, past_key_values=cache)
             return _generation(loaded, inputs, ids, timing, _full_cache_use(cache, inputs))
         with compression.of(loaded.model) as run:
-            ids, timing = _timed(loaded, inputs, sampling, on_text)
+            ids, timing = _timed(loaded, inputs, sampling, on_text, **compression.options(loaded.model))
         findings = None if compression.check is None else tuple(run.report.findings)
         return _generation(loaded, inputs, ids, timing, _cache_use(run.report), findings)
     except torch.OutOfMemoryError as error:
@@ -285,7 +313,7 @@ class _Listener(TextStreamer):
 
 
 def _timed(
-    loaded: LoadedModel, inputs: Mapping[str, Tensor], sampling: Sampling, on_text: OnText | None, **cache: Any
+    loaded: LoadedModel, inputs: Mapping[str, Tensor], sampling: Sampling, on_text: OnText | None, **options: Any
 ) -> tuple[list[int], Timing]:
     """New token ids of one call of ``generate``, and its times."""
     listener = _Listener(loaded.tokenizer, on_text)
@@ -293,7 +321,7 @@ def _timed(
     if loaded.model.device.type == "cuda":
         torch.cuda.synchronize(loaded.model.device)
     start = time.perf_counter()
-    output = loaded.model.generate(**inputs, **sampling.options(), **cache, streamer=listener)
+    output = loaded.model.generate(**inputs, **sampling.options(), **options, streamer=listener)
     ids = output[0, inputs["input_ids"].shape[1] :].tolist()
     end = time.perf_counter()
     first, last = listener.arrivals[0], listener.arrivals[-1]

@@ -128,6 +128,44 @@ def test_compare_with_everything_kept_agrees_in_every_token(ask: Any, image: Pat
     assert full["kv"]["bytes_after"] == answer["kv"]["bytes_before"]
 
 
+@pytest.mark.parametrize("preset", ["robust", "evict"])
+def test_a_static_cache_answers_with_the_same_tokens(ask: Any, preset: str, image: Path, capsys: Any) -> None:
+    words = ["--image", image, QUESTION, "--json", "--preset", preset, "--budget", "0.25"]
+    assert ask(*words, "--cache", "growing", tokens=12) == 0
+    growing = object_on_stdout(capsys)
+    assert ask(*words, "--cache", "static", tokens=12) == 0
+    static = object_on_stdout(capsys)
+    assert static["text"] == growing["text"]
+    assert static["usage"] == growing["usage"]
+    assert static["kv"]["kept_tokens"] == growing["kv"]["kept_tokens"]
+
+
+def test_static_decoding_is_compiled_where_merging_is(
+    checkpoint: Path, plan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(str(checkpoint)).model
+
+    def options(compile: bool | None, static: bool = True) -> dict[str, Any]:
+        return generation.Compression(Plan.load(plan), compile=compile, static=static).options(model)
+
+    assert options(True, static=False) == {}
+    assert options(None) == options(False) == {"cache_implementation": "static", "disable_compile": True}
+    compiled = options(True)
+    assert compiled["cache_implementation"] == "static"
+    assert compiled["compile_config"].fullgraph
+    monkeypatch.setattr(generation, "compiler_for", lambda device: None)
+    assert options(True) == options(False)
+
+
+@pytest.mark.slow
+def test_compiled_static_decoding_answers_with_the_same_tokens(ask: Any, image: Path, capsys: Any) -> None:
+    words = ["--image", image, QUESTION, "--json"]
+    assert ask(*words, tokens=8) == 0
+    text = object_on_stdout(capsys)["text"]
+    assert ask(*words, "--cache", "static", "--compile", tokens=8) == 0
+    assert object_on_stdout(capsys)["text"] == text
+
+
 def test_no_compress_needs_no_plan(checkpoint: Path, capsys: Any) -> None:
     assert cli.main(["run", "--no-compress", "--model", str(checkpoint), "hello", "--json", "--max-new-tokens=2"]) == 0
     answer = object_on_stdout(capsys)
@@ -277,6 +315,8 @@ def test_interrupted(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "said"),
     [
         (["--no-compress", "--compare", "x"], "--no-compress excludes"),
+        (["--no-compress", "--cache", "static", "x"], "--no-compress excludes"),
+        (["--cache", "sliding", "x"], "is not one of 'growing', 'static'"),
         (["--stream", "--json", "x"], "--stream excludes"),
         (["--top-p", "0.9", "x"], "--top-p needs"),
         (["--messages", "chat.json", "x"], "leave out prompt"),
