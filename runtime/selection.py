@@ -18,6 +18,9 @@ from flowmm.runtime.shared import Shared
 # Rounds of a k-center that is not told how many entries to pick at a time: enough to tell near-duplicates apart, few
 # enough that a prompt of tens of thousands of tokens waits for none of them.
 KCENTER_ROUNDS = 16
+# Products of centers and entries are taken in pieces that fit a core's cache.
+CENTERS_AT_A_TIME = 64
+PRODUCTS_AT_A_TIME = 2**18
 DEFAULT_WINDOW = 64
 
 
@@ -93,7 +96,7 @@ def kcenter(view: LayerView, picks: float | None) -> Tensor:
     Without a number, as many at a time as make at most :data:`KCENTER_ROUNDS` rounds. Scores are minus the order of the
     pick; an entry that was never picked has -inf.
     """
-    entries, centers, unit = view.shared.once("distances", lambda: _distances(view))
+    entries, unit = view.shared.once("distances", lambda: _distances(view))
     batch = min(int(picks or -(-view.slots // KCENTER_ROUNDS)), view.key.shape[2])
     rounds = -(-view.slots // batch) if picks else min(KCENTER_ROUNDS, view.slots)
     # Each row of a batch at its own pace, so that its neighbours change nothing.
@@ -101,37 +104,46 @@ def kcenter(view: LayerView, picks: float | None) -> Tensor:
     taken = torch.arange(batch, device=entries.device) < pace[:, None, None]
     # Minus infinity: not open, or picked.
     distance = torch.where(view.open, float("inf"), float("-inf"))
-    forced = view.forced.long().sort(dim=-1, descending=True, stable=True).indices[..., : view.forced_slots]
-    for some in forced.split(batch, dim=2):
-        distance = _nearer(distance, entries, centers, some, view.forced.gather(2, some))
+    forced, counted = _first_of(view.forced, view.forced_slots)
+    for some, counts in zip(forced.split(CENTERS_AT_A_TIME, 2), counted.split(CENTERS_AT_A_TIME, 2), strict=True):
+        _come_nearer(distance, entries, some, counts)
     order = []
-    for _ in range(rounds):
+    for turn in range(rounds):
         farthest = _in_steps(distance, unit).topk(batch, dim=-1).indices
         away = distance.gather(2, farthest)
         picked = (away > float("-inf")) & taken
         order.append(torch.where(picked, farthest, distance.shape[-1]))
-        distance = distance.scatter(2, farthest, away.masked_fill(picked, float("-inf")))
-        distance = _nearer(distance, entries, centers, farthest, picked)
+        if turn < rounds - 1:
+            distance.scatter_(2, farthest, away.masked_fill_(picked, float("-inf")))
+            _come_nearer(distance, entries, farthest, picked)
     picks_in_order = torch.cat(order, dim=-1)
     ranks = -torch.arange(picks_in_order.shape[-1], device=entries.device, dtype=torch.float32)
     never = torch.full((*distance.shape[:2], distance.shape[-1] + 1), float("-inf"), device=entries.device)
     return never.scatter(2, picks_in_order, ranks.expand_as(picks_in_order))[..., :-1]
 
 
-def _distances(view: LayerView) -> tuple[Tensor, Tensor, Tensor]:
-    """Entries ``[B, H, D + 2, L]`` and centers ``[B, H, L, D + 2]``: products are squared distances; and their unit."""
+def _first_of(mask: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """Positions ``[B, H, slots]`` of the entries in `mask` ``[B, H, L]``, and which of the slots hold one."""
+    columns = torch.arange(mask.shape[-1], device=mask.device).expand_as(mask)
+    place = torch.where(mask, mask.cumsum(-1) - 1, slots)
+    index = columns.new_zeros(*mask.shape[:2], slots + 1).scatter_(2, place, columns)[..., :slots]
+    return index, torch.arange(slots, device=mask.device) < mask.sum(-1, keepdim=True)
+
+
+def _distances(view: LayerView) -> tuple[Tensor, Tensor]:
+    """Entries ``[B, H, D + 2, L]``: their contents, squared norms and ones; and the unit of their distances."""
     content = view.content
-    norms = content.square().sum(-1, keepdim=True)
-    ones = torch.ones_like(norms)
-    # (-2x, |x|^2, 1) . (c, 1, |c|^2)
-    entries = torch.cat([-2 * content, norms, ones], -1).transpose(-1, -2).contiguous()
-    centers = torch.cat([content, ones, norms], -1)
-    return entries, centers, _distance_unit(norms.masked_fill(~view.layout.valid[:, None, :, None], 0.0))
+    batch, heads, length, dim = content.shape
+    norms = content.square().sum(-1)
+    entries = content.new_ones(batch, heads, dim + 2, length)
+    entries[:, :, :dim].copy_(content.transpose(-1, -2))
+    entries[:, :, dim].copy_(norms)
+    return entries, _distance_unit(norms.masked_fill_(~view.layout.valid[:, None], 0.0))
 
 
 def _distance_unit(norms: Tensor) -> Tensor:
-    """``[B, H, 1]``: about a thousandth of the largest of the squared norms ``[B, H, L, 1]``, a power of two."""
-    return torch.exp2(norms.amax((2, 3)).clamp(min=1e-30).log2().ceil())[..., None] / 1024
+    """``[B, H, 1]``: about a thousandth of the largest of the squared norms ``[B, H, L]``, a power of two."""
+    return torch.exp2(norms.amax(2, keepdim=True).clamp(min=1e-30).log2().ceil()) / 1024
 
 
 def _in_steps(distance: Tensor, unit: Tensor) -> Tensor:
@@ -140,16 +152,21 @@ def _in_steps(distance: Tensor, unit: Tensor) -> Tensor:
     Equal tokens have equal content but for rounding, which depends on padding; it must not choose between them.
     """
     length = distance.shape[-1]
-    steps = (distance / unit).clamp(min=-1.0, max=8192.0).floor().long()
-    return steps * length + torch.arange(length - 1, -1, -1, device=distance.device)
+    steps = (distance / unit).clamp_(min=-1.0, max=8192.0).floor_().long()
+    return steps.mul_(length).add_(torch.arange(length - 1, -1, -1, device=distance.device))
 
 
-def _nearer(distance: Tensor, entries: Tensor, centers: Tensor, index: Tensor, counted: Tensor) -> Tensor:
-    """`distance` ``[B, H, L]`` to the nearest center, with those `counted` of `index` ``[B, H, C]`` added."""
-    added = centers.gather(2, index[..., None].expand(*index.shape, centers.shape[-1]))
-    # The last column stands alone in the product: a center that does not count is infinitely far away.
-    added[..., -1] = added[..., -1].masked_fill(~counted, float("inf"))
-    return torch.minimum(distance, (added @ entries).amin(2))
+def _come_nearer(distance: Tensor, entries: Tensor, index: Tensor, counted: Tensor) -> None:
+    """Lower `distance` ``[B, H, L]`` where one of the centers at `index` ``[B, H, C]`` that are `counted` is nearer."""
+    dim = entries.shape[2] - 2
+    columns = entries.gather(3, index[:, :, None].expand(-1, -1, dim + 2, -1))
+    # (-2c, 1, |c|^2) . (x, |x|^2, 1); the last one stands alone, so a center that does not count is infinitely far.
+    centers = torch.cat([columns[:, :, :dim] * -2, columns[:, :, dim + 1 :], columns[:, :, dim : dim + 1]], dim=2)
+    centers[:, :, -1].masked_fill_(~counted, float("inf"))
+    centers = centers.transpose(-1, -2)
+    width = max(256, PRODUCTS_AT_A_TIME // centers[..., 0].numel())
+    for near, some in zip(distance.split(width, 2), entries.split(width, 3), strict=True):
+        torch.minimum(near, (centers @ some).amin(2), out=near)
 
 
 def _squared_distance(left: Tensor, right: Tensor) -> Tensor:
