@@ -276,7 +276,7 @@ class FlowCache(Cache):
         self._prompt: Prompt | None = None
         self._announced: PromptLayout | int | None = None
         self._rotary: Rotary | None = None
-        self._in_forward = False
+        self._in_forward = self._last_row_only = False
         self.ids: Growing | None = None
         self.rope_deltas: Tensor | None = None
 
@@ -313,18 +313,21 @@ class FlowCache(Cache):
         """Say that the first forward call brings `prompt_length` tokens of the prompt and drafted tokens after them."""
         self._announced = prompt_length
 
-    def begin_forward(self, visual: Tensor, valid: Tensor, ids: Tensor | None = None) -> None:
+    def begin_forward(
+        self, visual: Tensor, valid: Tensor, ids: Tensor | None = None, last_row_only: bool = False
+    ) -> None:
         """Take note of the tokens about to be fed.
 
         Args:
             visual: ``[B, q]`` bool.
             valid: ``[B, q]`` bool, False on padding.
             ids: ``[B, q]``, remembered for :attr:`ids`.
+            last_row_only: the call returns nothing of any token but the last one of each row.
 
         Raises:
             InputError: a row of nothing but padding, or padding inside the tokens of a later turn.
         """
-        self._in_forward = True
+        self._in_forward, self._last_row_only = True, last_row_only
         seen = self.get_seq_length()
         if seen == 0:
             self._prompt = self._next_prompt(visual, valid)
@@ -395,7 +398,9 @@ class FlowCache(Cache):
             raise FlowmmError("attention ran before the cache saw the prompt; call the top model, not an inner module")
         rows = min(new, self._open_rows(start))
         whole = prompt is not None and prompt.whole
-        if whole or rows == new:
+        if rows == new and not whole and self._last_row_only and layer == len(self.states) - 1:
+            output = _of_last_row(base, query, key, value, mask)
+        elif whole or rows == new:
             output = base()
         elif rows == 0:
             output = attend_compressed(query, key, value, states.bias, scaling), None
@@ -501,3 +506,9 @@ class FlowCache(Cache):
         recompress_layer(states, held, counts, conversation, method, scaling, layer)
         states.row_entries = counts
         prompt.record.recompressions[layer] += 1
+
+
+def _of_last_row(base: Base, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, None]:
+    """Attention of the last token over all entries, and zeros for the tokens before it, whose output nobody reads."""
+    last, _ = base(query[:, :, -1:], key, value, None if mask is None else mask[..., -1:, :])
+    return torch.nn.functional.pad(last, (0, 0, 0, 0, query.shape[2] - 1, 0)), None

@@ -148,7 +148,7 @@ class Run:
             cache.begin_token(ids)
         else:
             valid = valid_tokens(kwargs.get("attention_mask"), ids)
-            cache.begin_forward(visual_mask(self._config, ids), valid, ids)
+            cache.begin_forward(visual_mask(self._config, ids), valid, ids, _asks_for_last_row(kwargs, self._config))
         self._latest = self._thread.cache = cache
         return cache
 
@@ -165,6 +165,14 @@ class Run:
         if cache is not None:
             rope = text_config(self._config).rope_parameters
             cache.see_rotary(cos, sin, rope.get("mrope_section", []))
+
+
+def _asks_for_last_row(kwargs: dict[str, Any], config: Any) -> bool:
+    """Whether a forward call returns nothing of any token but the last one, as the prompts of ``generate`` do."""
+    options = ("output_hidden_states", "output_attentions")
+    asked = (kwargs.get(name) if kwargs.get(name) is not None else getattr(config, name, False) for name in options)
+    kept = kwargs.get("logits_to_keep")
+    return isinstance(kept, int) and kept == 1 and not any(asked)
 
 
 def _settings(plan: Plan, method: MethodParameters, budget: Budget, check: CheckAction | None) -> CompressionSettings:

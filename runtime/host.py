@@ -96,7 +96,8 @@ class GenerateShadow:
             model_kwargs["past_key_values"] = made
         cache = model_kwargs["past_key_values"]
         if isinstance(cache, StaticFlowCache):
-            cache.ensure_room(generation_config.max_length - int(cache.get_seq_length()))
+            # A prompt still to come is compressed before it takes room.
+            cache.ensure_room(generation_config.max_length - (int(cache.get_seq_length()) or self._call.length))
         if isinstance(cache, FlowCache):
             cache.rope_deltas = getattr(self._call, "offsets", None)
             if "assisted" in str(generation_mode).lower():

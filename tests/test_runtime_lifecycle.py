@@ -316,3 +316,41 @@ def test_gate_and_operator_options_reach_the_tensors(model: Any, plan: Plan) -> 
     assert reports["closed"].merged == 0
     assert reports["relaxed"].merged == reports["open"].merged
     assert reports["strict"].entries_after == reports["gated"].entries_after
+
+
+class _RowsAttended:
+    """Counts the query rows of the prompt that the host's attention computes in each layer."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rows: list[int] = []
+        original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+        def counting(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if getattr(module, "layer_idx", None) is not None:
+                self.rows.append(query.shape[2])
+            return original(module, query, *args, **kwargs)
+
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", counting)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [PROMPT, [*PROMPT, [6, -9, 3]]], ids=["single", "left-padded"])
+def test_the_last_layer_attends_for_the_row_that_is_asked_for(
+    model: Any, plan: Plan, rows: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = tiny_inputs(rows)
+    width = inputs["input_ids"].shape[1]
+    attended = _RowsAttended(monkeypatch)
+    with flowmm.compress(model, plan, budget=0.3) as run:
+        caches = [run.new_cache() for _ in range(3)]
+        whole = model(**inputs, past_key_values=caches[0])
+        last = model(**inputs, past_key_values=caches[1], logits_to_keep=1)
+        states = model(**inputs, past_key_values=caches[2], logits_to_keep=1, output_hidden_states=True)
+    assert attended.rows == [width] * 4 + [width] * 3 + [1] + [width] * 4
+    torch.testing.assert_close(last.logits[:, -1], whole.logits[:, -1], atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(caches[1].contents(), caches[0].contents(), strict=True):
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[1], theirs[1])
+    plain = model(**inputs, output_hidden_states=True)
+    for ours, theirs in zip(states.hidden_states, plain.hidden_states, strict=True):
+        assert torch.equal(ours, theirs)

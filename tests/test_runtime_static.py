@@ -57,6 +57,17 @@ def test_buffers_serve_one_prompt_after_another(model: Any) -> None:
     assert len(places[0]) == 4
 
 
+def test_buffers_have_room_for_the_answer_and_no_more(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static_cache, "BUCKET", 8)
+    with flowmm.compress(model, uneven_plan(model), budget=0.3) as run:
+        model.generate(**tiny_inputs(PROMPT), **STATIC | {"max_new_tokens": 4})
+        cache: Any = run.cache
+        assert cache.record is not None
+        needed = [layer.counts[0] + 4 for layer in cache.record.layers]
+        capacities = [layer.buffers.capacity for layer in cache.states]
+    assert capacities == [-(-count // 8) * 8 for count in needed]
+
+
 def test_a_later_turn_continues_and_finds_room(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(static_cache, "BUCKET", 8)
     inputs = tiny_inputs(PROMPT)
