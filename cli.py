@@ -552,39 +552,44 @@ def _with_measured_layers(
     loaded: Any, plan: Any, samples: Any, rule: Any, choices: bool, protocol: str, limit: int, quiet: bool
 ) -> Any:
     """`plan` with its budget split among the layers by `rule`, and with the layers' own choices if asked for."""
+    from contextlib import ExitStack
+
     from flowmm.plans.budget_rules import MEASURED_RULES
     from flowmm.profiler.attention_statistics import measure_statistic, with_rule_budgets
     from flowmm.profiler.decisions import measure_layers
     from flowmm.profiler.progress import shown_progress
 
-    with shown_progress(quiet, "measured layers on") as progress:
-        how: dict[str, Any] = {"limit": limit, "progress": progress}
-        if rule not in ("measured", "joint"):
-            statistic = measure_statistic(loaded, rule, samples, **how) if rule in MEASURED_RULES else None
-            plan = with_rule_budgets(plan, rule, statistic)
-        measured: dict[str, Any] = {
-            "budgets": rule == "measured",
-            "choices": choices,
-            "protocols": _protocols(protocol),
-            **how,
-        }
-        plan = measure_layers(loaded, plan, samples, **measured)
-    if rule == "joint":
-        from flowmm.profiler.joint_budgets import measure_allocations, with_allocations
+    with ExitStack() as shown:
 
-        with shown_progress(quiet, "cut layers by", "levels") as progress:
-            path = measure_allocations(
-                loaded, plan, samples, limit=limit, protocols=_protocols(protocol), progress=progress
-            )
-        measured_on = limit if plan.calibration is None else min(limit, plan.calibration.n_samples)
-        plan = with_allocations(plan, path, _protocols(protocol), measured_on)
-    return plan
+        def progress(what: str, unit: str) -> Any:
+            # One bar at a time.
+            shown.close()
+            return shown.enter_context(shown_progress(quiet, what, unit))
+
+        if rule not in ("measured", "joint"):
+            statistic = None
+            if rule in MEASURED_RULES:
+                statistic = measure_statistic(
+                    loaded, rule, samples, limit=limit, progress=progress("measured layers on", "prompts")
+                )
+            plan = with_rule_budgets(plan, rule, statistic)
+        return measure_layers(
+            loaded,
+            plan,
+            samples,
+            budgets=rule if rule in ("measured", "joint") else None,
+            choices=choices,
+            limit=limit,
+            protocols=_protocols(protocol),
+            progress=progress,
+        )
 
 
 def _layer_measurements(rule: str, choices: bool, protocol: str, limit: int) -> Any:
     from flowmm.profiler.forecast import LayerMeasurements
 
-    return LayerMeasurements(prompts=limit, protocols=_protocols(protocol), budgets=rule == "measured", choices=choices)
+    budgets: Any = rule if rule in ("measured", "joint") else None
+    return LayerMeasurements(prompts=limit, protocols=_protocols(protocol), budgets=budgets, choices=choices)
 
 
 def _show_forecast(loaded: Any, samples: Any, measurements: Any, as_json: bool) -> None:
@@ -880,7 +885,7 @@ def _ratios(context: click.Context, parameter: click.Parameter, value: str) -> l
     default="full,robust,paper,evict",
     show_default=True,
     help="Presets, PRESET:field=value,..., merge=OPERATOR, or controls such as any_pivot; 'controls' and 'presets' "
-    "stand for all of a kind.",
+    "stand for all of a kind. NAME@uniform: without the plan's budgets and choices.",
 )
 @click.option("--budgets", callback=_ratios, default="0.2", show_default=True, help="Ratios, such as 0.02,0.1,20%.")
 @click.option(
@@ -938,7 +943,9 @@ def _presets(context: click.Context, parameter: click.Parameter, value: str) -> 
 
 @cli.command()
 @click.option("--model", help="Alias, checkpoint directory or hub id.  [default: random weights of --shape]")
-@click.option("--shape", default="small", show_default=True, help="Of random weights: tiny, small, qwen2.5-vl-7b.")
+@click.option(
+    "--shape", default="small", show_default=True, help="Of random weights: tiny, small, medium, qwen2.5-vl-7b."
+)
 @click.option("--plan", help="Plan file or shipped name.  [default: every layer cross-modal]")
 @click.option("--tokens", default="1024,4096", show_default=True, callback=_lengths, help="Prompt lengths.")
 @click.option("--batch", default="1", show_default=True, callback=_lengths, help="Rows per prompt.")

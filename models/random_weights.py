@@ -83,6 +83,7 @@ def _qwen_7b() -> Qwen2_5_VLConfig:
 SHAPES = {
     "tiny": lambda: _small(layers=2, hidden=64, heads=4, kv_heads=2),
     "small": lambda: _small(layers=8, hidden=512, heads=8, kv_heads=2),
+    "medium": lambda: _small(layers=10, hidden=1024, heads=16, kv_heads=4),
     "qwen2.5-vl-7b": _qwen_7b,
 }
 

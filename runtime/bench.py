@@ -424,8 +424,7 @@ def _compiled_call(model: Any) -> Callable[..., Any]:
 @contextmanager
 def _many_graphs() -> Generator[None]:
     """Every size of a cache makes a graph of its own here, more than torch holds to be healthy."""
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=64):
+    with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=1024):
         yield
 
 

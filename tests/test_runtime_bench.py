@@ -137,6 +137,8 @@ def test_shapes_are_what_they_are_called() -> None:
     per_token = text.num_hidden_layers * 2 * text.num_key_value_heads * 128 * 2
     assert round(2.06 * 2**30 / per_token, -2) == 38_600, "the paper's full cache"
     assert fingerprint_model(random_model("tiny")).num_layers == 2
+    medium = random_model("medium", device="meta")
+    assert 100e6 < sum(weight.numel() for weight in medium.parameters()) < 500e6
 
 
 def test_prompts_have_the_length_asked_for(model: Any) -> None:
