@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from flowmm.evaluation.attention_error import attention_errors, recording
 from flowmm.evaluation.methods import Method
+from flowmm.evaluation.plan_kinds import plan_of_kind
 from flowmm.evaluation.records import Row
 from flowmm.evaluation.suite import Case
 from flowmm.models import LoadedModel
@@ -82,7 +84,7 @@ class Bench:
     def _batches(self, cells: Sequence[Cell]) -> Iterator[tuple[Sequence[Cell], list[Size], FlowCache]]:
         """Compressed cells, what each keeps, and their caches as one batch, as many as are decoded together."""
         made = [
-            (cell, self.prefilled.cache(self.prefilled.settings(self.plan, parameters, cell.budget)))
+            (cell, self.prefilled.cache(self.prefilled.settings(self._plan_of(cell), parameters, cell.budget)))
             for cell in cells
             if (parameters := cell.method.parameters) is not None
         ]
@@ -91,6 +93,17 @@ class Bench:
             sizes = [Size.of(cache) for cache in caches]
             ready = [self.prefilled.hide_last(cache, self.trial.fed_again) for cache in caches]
             yield chunk, sizes, FlowCache.stack(ready)
+
+    def _plan_of(self, cell: Cell) -> Plan:
+        kind = cell.method.kind
+        if kind is not None and kind not in self._plans:
+            self._plans[kind] = plan_of_kind(kind, self.plan)
+        return self.plan if kind is None else self._plans[kind]
+
+    @cached_property
+    def _plans(self) -> dict[str, Plan]:
+        """By kind."""
+        return {}
 
     def _full_cache(self) -> FlowCache:
         """The full cache, ready to be fed the continuation."""

@@ -3,6 +3,8 @@
 ``full`` keeps everything. ``robust``, ``paper``, ... are presets. ``PRESET:field=value,field=value`` changes fields of
 :class:`flowmm.plans.MethodParameters`. A control, or ``merge=OPERATOR``, is a change to ``robust``; ``PRESET:CONTROL``
 applies it to another preset. A group stands for several names: ``controls``, ``PRESET:controls``, ``presets``.
+``NAME@KIND`` runs under the plan turned into one of :data:`flowmm.evaluation.plan_kinds.PLAN_KINDS`: ``robust@uniform``
+has neither measured budgets nor choices.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from flowmm.errors import InputError
+from flowmm.evaluation.plan_kinds import PLAN_KINDS
 from flowmm.plans import PRESETS, MethodParameters
 
 FULL = "full"
@@ -51,15 +54,17 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Method:
-    """A name and its parameters; ``None`` is the full cache."""
+    """A name, its parameters (``None`` is the full cache), and the kind of plan it runs under (``None``: as it is)."""
 
     name: str
     parameters: MethodParameters | None
+    kind: str | None = None
 
     @property
     def digest(self) -> str:
         """12 hex digits that change with any parameter; part of what identifies a measured row."""
         text = FULL if self.parameters is None else self.parameters.model_dump_json()
+        text += "" if self.kind is None else f"@{self.kind}"
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -98,11 +103,15 @@ def _names(text: str) -> Iterator[str]:
 def _parse_method(name: str, theta: float) -> Method:
     if name == FULL:
         return Method(name, None)
-    preset, _, changed = name.partition(":")
+    asked, at, kind = name.partition("@")
+    if at and kind not in PLAN_KINDS:
+        raise InputError(f"method {name!r}: expected one of {', '.join(PLAN_KINDS)} behind the @")
+    preset, _, changed = asked.partition(":")
     if preset not in PRESETS:
-        preset, changed = DEFAULT_PRESET, name
+        preset, changed = DEFAULT_PRESET, asked
     try:
-        return Method(name, MethodParameters.from_preset(preset, **({"theta": theta} | _changes(changed))))
+        parameters = MethodParameters.from_preset(preset, **({"theta": theta} | _changes(changed)))
+        return Method(name, parameters, kind or None)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))

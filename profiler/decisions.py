@@ -1,144 +1,209 @@
-"""Choices by measurement: per layer the mode, merge operator, min_sim and tau that change the next token least.
+"""Choices by measurement: how stretches of layers choose and merge entries, all layers compressed together.
 
-One layer at a time is compressed to what it would keep at each of a few total budgets, with the plan's own parameters
-and with every candidate, on the same prompts.
+Layers stand in for each other, so that what one layer does alone says little. A *proposal* gives a stretch of
+neighbouring layers other parameters while all layers keep what the plan's budgets give them.
 
-The rule against noise: a candidate replaces the plan's parameters only where its mean cost is lower by a tenth and by
-:data:`LEAST_GAIN`, and a paired t-test over prompts says so at :data:`ALPHA` after Holm's correction over all
-candidates of all layers. Of those, the one with the lowest mean is taken. Everything else stays as the method has it.
+The rule against noise: proposals are made on one half of the prompts and must hold on the other. At the smallest of
+:data:`BUDGETS`, the best :data:`PROPOSED` of those that gain more than a standard error on the first half are measured
+at all budgets on the second; of those that gain more than a standard error there, the one with the largest gain is
+taken. Further rounds go on from there until nothing holds. At last every layer whose choice does not lower the cost
+over all prompts goes back to the method's parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 
 from flowmm.models import LoadedModel
 from flowmm.plans import LayerPlan, MethodParameters, Plan, SensitivityFingerprint
 from flowmm.plans.choices import LayerChoice
-from flowmm.plans.diff_statistics import Moments, holm, paired_p
+from flowmm.plans.method import parse_selector
+from flowmm.profiler.joint_budgets import measure_allocations, with_allocations
+from flowmm.profiler.joint_costs import Arrangement, JointPrompts, nats
 from flowmm.profiler.profiling import Progress
 from flowmm.profiler.samples import Sample
-from flowmm.profiler.sensitivity import MIXED, Variant, measure_costs, measure_sensitivity, with_measured_budgets
+from flowmm.profiler.sensitivity import MIXED, measure_sensitivity, with_measured_budgets
 
 BUDGETS = (0.05, 0.1, 0.2)
-OPERATORS = ("evict", "average", "pivotal", "keep_mass", "count_bias", "mass", "tangent")
+# How entries are chosen, over stretches of layers; the choice of a preset such as `reuse` is one of these.
+SELECTIONS: tuple[dict[str, Any], ...] = (
+    {"selector": "kcenter", "keep_proxies": False},
+    {"selector": "kcenter", "keep_proxies": True},
+    {"selector": "proxy"},
+    {"selector": "proxy+kcenter", "first_share": 0.25},
+    {"keep_proxies": False},
+)
+# How they are merged, over one block of layers at a time.
+OPERATORS = ("evict", "average", "keep_mass", "mass", "tangent")
 SIMILARITIES = (-1.0, 0.5, 0.8)
 GATES = ("none", "pivot_quantile:0.8")
-ALPHA = 0.05
-# Relative, and in nats.
-LEAST_SHARE, LEAST_GAIN = 0.1, 1e-3
+# Stretches begin and end between blocks of layers, at most so many: what deciding costs does not grow with depth.
+BLOCKS = 6
+ROUNDS = 3
+PROPOSED = 8
 
 Changes = dict[str, Any]
 """Fields of a :class:`LayerChoice`."""
+State = tuple[Changes, ...]
+"""Changes of each layer."""
+Budgets = Literal["measured", "joint"]
 
 
-def candidates(layer: LayerPlan, method: MethodParameters) -> list[Changes]:
-    """What may replace the method's parameters in a layer: operator with min_sim, tau, or mode.
+def blocks(layers: int) -> list[range]:
+    """Neighbouring layers in at most :data:`BLOCKS` blocks of about equal size."""
+    count = min(BLOCKS, layers)
+    return [range(layers * block // count, layers * (block + 1) // count) for block in range(count)]
+
+
+def proposals(plan: Plan, state: State) -> Iterator[State]:
+    """States one proposal away from `state`: other selections over stretches, other merging or modes over blocks.
 
     A mode that a person forced, or that each prompt decides, is left alone.
     """
-    found: list[Changes] = [{"merge": "evict"}] if method.merge != "evict" else []
-    for merge in OPERATORS:
-        for min_sim in SIMILARITIES if merge != "evict" else ():
-            both = {"merge": merge, "min_sim": min_sim}
-            found.append({name: value for name, value in both.items() if value != getattr(method, name)})
-    gate = method.tau if method.gate else "none"
-    found += [{"tau": tau} for tau in GATES if tau != gate]
-    if layer.mode != "online" and not layer.forced:
-        found.append({"mode": "intra" if layer.mode == "cross" else "cross"})
-    return [changes for changes in found if changes]
+    own, seen = plan.method, [state]
+    parts = blocks(len(plan.layers))
+    stretches = [range(first.start, last.stop) for place, first in enumerate(parts) for last in parts[place:]]
+    wanted: list[tuple[Changes, range]] = [(changes, stretch) for changes in SELECTIONS for stretch in stretches]
+    wanted += [(changes, part) for changes in _mergings(own) for part in parts]
+    wanted += [({"mode": other}, part) for other in ("cross", "intra") for part in parts]
+    for changes, stretch in wanted:
+        found = tuple(
+            _changed(plan.layers[layer], of, changes, own) if layer in stretch else of for layer, of in enumerate(state)
+        )
+        if found not in seen:
+            seen.append(found)
+            yield found
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A candidate of one layer beside the plan's own parameters: ``[prompts]`` fp64 costs, means over budgets."""
-
-    layer: int
-    changes: Changes
-    own: np.ndarray
-    cost: np.ndarray
-
-    @property
-    def p(self) -> float | None:
-        """Two-sided p of "no difference" over prompts."""
-        gain = self.cost - self.own
-        return paired_p(Moments(float(gain.mean()), float(gain.std(ddof=1)) if len(gain) > 1 else 0.0, len(gain)))
-
-    @property
-    def matters(self) -> bool:
-        """Whether the mean cost is lower by enough to care."""
-        own, gain = float(self.own.mean()), float((self.own - self.cost).mean())
-        return gain >= max(LEAST_GAIN, LEAST_SHARE * own)
+def _mergings(method: MethodParameters) -> list[Changes]:
+    operators: list[Changes] = [{"merge": merge} for merge in OPERATORS]
+    similarities: list[Changes] = [{"min_sim": min_sim} for min_sim in SIMILARITIES]
+    gates: list[Changes] = [{"tau": tau} for tau in dict.fromkeys((*GATES, method.tau))]
+    return operators + similarities + gates
 
 
-def clear_choices(comparisons: Sequence[Comparison]) -> dict[int, LayerChoice]:
-    """By layer, the cheapest candidate that passes the rule against noise; layers without one are left out."""
-    chosen: dict[int, Comparison] = {}
-    ps = holm([comparison.p for comparison in comparisons])
-    for comparison, p in zip(comparisons, ps, strict=True):
-        if p is None or p > ALPHA or not comparison.matters:
-            continue
-        best = chosen.get(comparison.layer)
-        if best is None or comparison.cost.mean() < best.cost.mean():
-            chosen[comparison.layer] = comparison
-    return {
-        layer: LayerChoice(**best.changes, cost=(float(best.own.mean()), float(best.cost.mean())))
-        for layer, best in chosen.items()
-    }
+def _changed(layer: LayerPlan, own: Changes, changes: Changes, method: MethodParameters) -> Changes:
+    """`own` changes of a layer and new ones; what equals the method's own, or has no effect, is left out."""
+    if "mode" in changes and (layer.mode == "online" or layer.forced):
+        return own
+    default = method.model_dump() | {"mode": layer.mode, "tau": method.tau if method.gate else "none"}
+    found = own | changes
+    if len(parse_selector(found.get("selector", method.selector))) < 2:
+        found.pop("first_share", None)
+    return {name: value for name, value in found.items() if value != default[name]}
+
+
+def arranged(plan: Plan, state: State, total: float) -> Arrangement:
+    """What a run of `plan` would do with these choices in its layers."""
+    own = Arrangement.planned(plan, total)
+    choices = [LayerChoice(**changes, cost=(0.0, 0.0)) if changes else None for changes in state]
+    methods = tuple(plan.method if choice is None else choice.applied_to(plan.method) for choice in choices)
+    modes = tuple(changes.get("mode", mode) for changes, mode in zip(state, own.modes, strict=True))
+    return Arrangement(methods, modes, own.ratios)
+
+
+@dataclass
+class _Asked:
+    """Counts prompts over several questions, for a progress that ends with the last one."""
+
+    total: int
+    progress: Progress | None
+    finished: int = field(default=0, init=False)
+
+    def costs(self, prompts: JointPrompts, arrangements: Sequence[Arrangement], **how: Any) -> np.ndarray:
+        """``[prompts, arrangements]``."""
+        before = self.finished
+
+        def told(done: int, _: int | None) -> None:
+            self.finished = before + done
+            if self.progress is not None:
+                self.progress(min(self.finished, self.total), self.total)
+
+        return prompts.costs(arrangements, progress=told, **how)
+
+
+def holds(gain: np.ndarray) -> bool:
+    """Whether a gain ``[prompts]`` is on average more than a standard error above 0; never for one prompt."""
+    return len(gain) > 1 and float(gain.mean()) > float(gain.std(ddof=1)) / len(gain) ** 0.5
 
 
 def measure_choices(
-    model: LoadedModel,
-    plan: Plan,
-    samples: Iterable[Sample],
-    *,
-    limit: int | None = None,
-    protocols: Sequence[str] = MIXED,
-    progress: Progress | None = None,
-) -> list[Comparison]:
-    """Costs of all candidates, at what :meth:`Plan.layer_budgets` gives each layer of the totals :data:`BUDGETS`.
+    prompts: JointPrompts, plan: Plan, *, progress: Progress | None = None
+) -> tuple[LayerChoice | None, ...]:
+    """Choices of `plan`'s layers by the rule against noise; those it has are forgotten first.
 
-    Args and errors as of :func:`flowmm.profiler.sensitivity.measure_sensitivity`.
+    Args:
+        prompts: at least two; the odd ones propose, the even ones confirm.
+        plan: gives each layer's mode, the method, and what layers keep of the totals :data:`BUDGETS`.
+        progress: called with (finished prompts, prompts at most).
     """
-    totals = [plan.layer_budgets(total) for total in BUDGETS]
-    ratios = [sorted({of_total[layer.index] for of_total in totals} - {1.0}) for layer in plan.layers]
-    asked = [(layer.index, changes) for layer in plan.layers for changes in ({}, *candidates(layer, plan.method))]
-    variants = [variant for layer, changes in asked for variant in _variants(plan, layer, changes, ratios[layer])]
-    costs = measure_costs(model, plan, samples, variants, limit=limit, protocols=protocols, progress=progress)
-    compared, place = [], 0
-    own = np.zeros(len(costs))
-    for layer, changes in asked:
-        width = len(ratios[layer])
-        mean = costs[:, place : place + width].mean(1) if width else np.zeros(len(costs))
-        place += width
-        if changes:
-            compared.append(Comparison(layer, changes, own, mean))
-        else:
-            own = mean
-    return compared
+    asked = _Asked((ROUNDS + 2) * len(prompts), progress)
+    state: State = ({},) * len(plan.layers)
+    for _ in range(ROUNDS):
+        better = _step(asked, prompts, plan, state)
+        if better is None:
+            break
+        state = better
+    choices = _worthwhile(asked, prompts, plan, state)
+    if progress is not None:
+        progress(asked.total, asked.total)
+    return choices
 
 
-def _variants(plan: Plan, layer: int, changes: Changes, ratios: Sequence[float]) -> Iterator[Variant]:
-    method = LayerChoice(**changes, cost=(0.0, 0.0)).applied_to(plan.method) if changes else plan.method
-    for ratio in ratios:
-        yield Variant(layer, ratio, method, changes.get("mode", plan.layers[layer].mode))
+def _step(asked: _Asked, prompts: JointPrompts, plan: Plan, state: State) -> State | None:
+    """The proposal that gains most and holds, or ``None``."""
+    first, second = prompts.every(2, 0), prompts.every(2, 1)
+    found = list(proposals(plan, state))
+    cost = asked.costs(first, [arranged(plan, one, min(BUDGETS)) for one in (state, *found)])
+    gain = cost[:, :1] - cost[:, 1:]
+    order = sorted((place for place in range(len(found)) if holds(gain[:, place])), key=lambda it: -gain[:, it].mean())
+    short = [found[place] for place in order[:PROPOSED]]
+    if not short:
+        return None
+    cost = _over_budgets(asked, second, plan, [state, *short])
+    gain = cost[:, :1] - cost[:, 1:]
+    kept = [place for place in range(len(short)) if holds(gain[:, place])]
+    return short[max(kept, key=lambda place: gain[:, place].mean())] if kept else None
 
 
-def with_choices(plan: Plan, comparisons: Sequence[Comparison], protocols: Sequence[str]) -> Plan:
-    """`plan` with the choices that :func:`clear_choices` makes; curves are left as they are."""
-    choices = clear_choices(comparisons)
-    layers = tuple(
-        layer.model_copy(update={"choice": choice, "mode": choice.mode or layer.mode})
-        if (choice := choices.get(layer.index))
-        else layer
-        for layer in plan.layers
+def _over_budgets(asked: _Asked, prompts: JointPrompts, plan: Plan, states: Sequence[State], **how: Any) -> np.ndarray:
+    """``[prompts, states]``: mean cost over :data:`BUDGETS`."""
+    arrangements = [arranged(plan, state, total) for total in BUDGETS for state in states]
+    cost = asked.costs(prompts, arrangements, **how)
+    return cost.reshape(len(cost), len(BUDGETS), len(states)).mean(1)
+
+
+def _worthwhile(asked: _Asked, prompts: JointPrompts, plan: Plan, state: State) -> tuple[LayerChoice | None, ...]:
+    """Choices of the layers whose own lower the cost, given the others', each with what it costs in nats."""
+    chosen = [layer for layer, changes in enumerate(state) if changes]
+    if not chosen:
+        return (None,) * len(state)
+
+    def without(layer: int) -> State:
+        return (*state[:layer], {}, *state[layer + 1 :])
+
+    cost = _over_budgets(asked, prompts, plan, [state, *map(without, chosen)]).mean(0)
+    state = tuple(
+        {} if layer in chosen and cost[1 + chosen.index(layer)] <= cost[0] else changes
+        for layer, changes in enumerate(state)
     )
-    count = len(comparisons[0].cost) if comparisons else 0
-    decided = SensitivityFingerprint(protocols=tuple(protocols), n_samples=max(count, 1), budgets=BUDGETS)
+    chosen = [layer for layer, changes in enumerate(state) if changes]
+    divergence = _over_budgets(asked, prompts, plan, [state, *map(without, chosen)], of=nats).mean(0)
+    costs = {layer: (float(divergence[1 + place]), float(divergence[0])) for place, layer in enumerate(chosen)}
+    return tuple(LayerChoice(**changes, cost=costs[layer]) if changes else None for layer, changes in enumerate(state))
+
+
+def with_choices(plan: Plan, choices: Sequence[LayerChoice | None], protocols: Sequence[str], prompts: int) -> Plan:
+    """`plan` with measured choices; curves and budgets are left as they are."""
+    layers = tuple(
+        layer.model_copy(update={"choice": choice, "mode": (choice and choice.mode) or layer.mode})
+        for layer, choice in zip(plan.layers, choices, strict=True)
+    )
+    decided = SensitivityFingerprint(protocols=tuple(protocols), n_samples=prompts, budgets=BUDGETS)
     return type(plan).model_validate(dict(plan) | {"layers": layers, "sensitivity": decided}, by_name=True)
 
 
@@ -147,30 +212,47 @@ def measure_layers(
     plan: Plan,
     samples: Iterable[Sample],
     *,
-    budgets: bool,
+    budgets: Budgets | None,
     choices: bool,
     limit: int | None = None,
     protocols: Sequence[str] = MIXED,
-    progress: Progress | None = None,
+    progress: Callable[[str, str], Progress | None] = lambda _, __: None,
 ) -> Plan:
-    """`plan` with what one-layer-at-a-time measurements say about it.
+    """`plan` with what calibration prompts say about its layers.
 
     Args:
-        budgets: measure curves, and split the plan's budget by them.
-        choices: measure candidates, and store the clear choices; curves of layers with one are measured again.
-        model, samples, limit, protocols, progress: as of :func:`flowmm.profiler.sensitivity.measure_sensitivity`.
+        budgets: ``measured``: one layer compressed at a time gives each a curve, and the plan's budget is split by
+            them; ``joint``: all layers are cut together; ``None``: budgets stay.
+        choices: measure proposals, and store those that hold. Budgets are then measured once more: joint ones first
+            on half of the prompts to choose by, the curves of layers with a choice.
+        progress: asked once for each measurement, with what is done and in which unit, for the progress of it.
+        model, samples, limit, protocols: as of :func:`flowmm.profiler.sensitivity.measure_sensitivity`.
 
     Raises:
         InputError: an unknown protocol, or no prompt that fits any of the protocols.
     """
-    how: dict[str, Any] = {"limit": limit, "protocols": protocols, "progress": progress}
-    curves = measure_sensitivity(model, plan, samples, **how) if budgets else None
-    if curves is not None:
+    how: dict[str, Any] = {"limit": limit, "protocols": protocols}
+    curves = None
+    if budgets == "measured":
+        curves = measure_sensitivity(model, plan, samples, progress=progress("measured layers on", "prompts"), **how)
         plan = with_measured_budgets(plan, curves, protocols)
+    if budgets != "joint" and not choices:
+        return plan
+    prompts = JointPrompts.read(model, plan, samples, hold=budgets == "joint", **how)
     if choices:
-        plan = with_choices(plan, measure_choices(model, plan, samples, **how), protocols)
+        start = plan
+        if budgets == "joint":
+            path = measure_allocations(prompts.every(2, 0), plan, progress=progress("cut layers at first by", "levels"))
+            start = with_allocations(plan, path, protocols, len(prompts))
+        found = measure_choices(prompts, start, progress=progress("compared choices on", "prompts"))
+        plan = with_choices(plan, found, protocols, len(prompts))
         changed = [layer.index for layer in plan.layers if layer.choice is not None]
         if curves is not None and changed:
-            again = measure_sensitivity(model, plan, samples, layers=changed, **how)
+            again = measure_sensitivity(
+                model, plan, samples, layers=changed, progress=progress("measured chosen layers on", "prompts"), **how
+            )
             plan = with_measured_budgets(plan, curves.with_layers(changed, again), protocols)
+    if budgets == "joint":
+        path = measure_allocations(prompts, plan, progress=progress("cut layers by", "levels"))
+        plan = with_allocations(plan, path, protocols, len(prompts))
     return plan

@@ -11,8 +11,19 @@ from typing import Any
 
 from flowmm.errors import InputError
 from flowmm.models import LoadedModel
-from flowmm.plans import LayerPlan, MethodParameters, ModelFingerprint
-from flowmm.profiler.decisions import BUDGETS, candidates
+from flowmm.plans import ModelFingerprint
+from flowmm.profiler.decisions import (
+    BUDGETS,
+    GATES,
+    OPERATORS,
+    PROPOSED,
+    ROUNDS,
+    SELECTIONS,
+    SIMILARITIES,
+    Budgets,
+    blocks,
+)
+from flowmm.profiler.joint_budgets import LEVELS, REACH, WIDTH
 from flowmm.profiler.recorder import record_flow
 from flowmm.profiler.samples import Sample, UnreadableSample
 from flowmm.profiler.sensitivity import ANSWER_TOKENS, RATIOS, ROWS_PER_BATCH
@@ -41,34 +52,55 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class LayerMeasurements:
-    """What is to be measured with one layer compressed at a time, as of
-    :func:`flowmm.profiler.decisions.measure_layers`; `prompts` is its limit."""
+    """What is to be measured about layers, as of :func:`flowmm.profiler.decisions.measure_layers`; `prompts` is its
+    limit."""
 
     prompts: int
     protocols: tuple[str, ...]
-    budgets: bool
+    budgets: Budgets | None
     choices: bool
 
     def cost(self, model: ModelFingerprint, tokens: float) -> LayerCost | None:
         """At most this for prompts of so many tokens; None where nothing is measured."""
-        # Curves of layers with a choice are measured twice.
-        curves = [len(RATIOS)] * ((1 + self.choices) if self.budgets else 0)
-        unforced = LayerPlan(index=0, mode="cross", forced=False, budget=1.0, rho=None)
-        compared = [len(BUDGETS) * (1 + len(candidates(unforced, MethodParameters())))] if self.choices else []
-        passes = curves + compared
-        if not passes:
+        if self.budgets is None and not self.choices:
             return None
-        batches = sum(-(-variants // ROWS_PER_BATCH) for variants in passes) * model.num_layers
-        rows = min(ROWS_PER_BATCH, max(passes))
-        runs = self.prompts * len(self.protocols)
-        # Per token and layer: the captured queries, keys and values, and every row's keys and values.
-        heads = model.num_attention_heads + 2 * model.num_kv_heads * (1 + rows)
+        runs, layers, joint = self.prompts * len(self.protocols), model.num_layers, self.budgets == "joint"
+        prefills = feeds = 0
+        if self.budgets == "measured":
+            # Curves of layers with a choice are measured twice.
+            prefills += runs * (1 + self.choices)
+            feeds += runs * (1 + self.choices) * _batches(len(RATIOS)) * layers
+        if self.choices:
+            prefills += 0 if joint else runs * (ROUNDS + 2)
+            feeds += round(runs * _choice_batches(layers))
+        if joint:
+            prefills += runs
+            # A first path on half of the prompts, to choose by. Every cut asks every layer again, at worst.
+            cuts = layers * (len(LEVELS) - 1) * -(-layers * REACH // WIDTH)
+            feeds += round(runs * (1.5 if self.choices else 1) * cuts)
+        feeds += prefills * (ANSWER_TOKENS + 1)
+        # Per token and layer: captured queries, keys and values, and every row's keys and values.
+        captured = model.num_attention_heads + 2 * model.num_kv_heads
+        rows = 2 * model.num_kv_heads * ROWS_PER_BATCH
         width = model.head_dim * (4 if model.dtype == "float32" else 2)
         return LayerCost(
-            prefills=runs * len(passes),
-            feeds=runs * (len(passes) * (ANSWER_TOKENS + 1) + batches),
-            cache_bytes=round(tokens * model.num_layers * heads * width),
+            prefills=prefills,
+            feeds=feeds,
+            cache_bytes=round(tokens * layers * ((runs if joint else 1) * captured + rows) * width),
         )
+
+
+def _batches(variants: int) -> int:
+    return -(-variants // ROWS_PER_BATCH)
+
+
+def _choice_batches(layers: int) -> float:
+    """Batches of caches per prompt and protocol."""
+    parts = len(blocks(layers))
+    asked = len(SELECTIONS) * parts * (parts + 1) // 2 + parts * (len(OPERATORS) + len(SIMILARITIES) + len(GATES) + 3)
+    confirmed = len(BUDGETS) * (1 + PROPOSED)
+    # One half proposes and the other confirms; at the end all look at every chosen layer twice.
+    return ROUNDS * (_batches(1 + asked) + _batches(confirmed)) / 2 + 2 * _batches(len(BUDGETS) * (1 + layers))
 
 
 @dataclass(frozen=True)

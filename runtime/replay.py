@@ -162,6 +162,10 @@ class Prefill:
             layer.bias = bias
         return cache
 
+    def forget_shared(self) -> None:
+        """Free what the caches made so far have in common; later ones compute it again."""
+        vars(self).pop("_shared", None)
+
     @property
     def full_bytes(self) -> int:
         """Bytes of the uncompressed keys and values."""

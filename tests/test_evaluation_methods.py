@@ -78,3 +78,14 @@ def test_digest_changes_with_parameters_only() -> None:
     names = ("robust:merge=tangent", "merge=tangent", "merge=mass")
     long, short, other = (parse_methods(name, 0.25)[0].digest for name in names)
     assert long == short != other
+
+
+def test_a_method_may_run_under_another_kind_of_plan() -> None:
+    plain, uniform, merged = parse_methods("robust,robust@uniform,robust:merge=mass,min_sim=0.8@uniform", 0.25)
+    assert uniform.parameters == plain.parameters
+    assert (plain.kind, uniform.kind, merged.kind) == (None, "uniform", "uniform")
+    assert uniform.digest != plain.digest, "their rows must not be taken for each other's"
+    assert merged.parameters is not None
+    assert (merged.parameters.merge, merged.parameters.min_sim) == ("mass", 0.8)
+    with pytest.raises(InputError, match="behind the @"):
+        parse_methods("robust@best", 0.25)

@@ -18,6 +18,7 @@ from flowmm.evaluation.suite import Case, pocket_cases
 from flowmm.evaluation.workers import measuring_in_processes
 from flowmm.models import LoadedModel, load_model
 from flowmm.plans import Plan, resolve_plan, unprofiled_plan
+from flowmm.plans.choices import LayerChoice
 
 GRID = Grid(tuple(parse_methods("full,robust,evict", 0.25)), (0.1, 0.3), ("aware", "blind"))
 
@@ -176,3 +177,20 @@ def test_a_plan_of_another_model_is_refused(model: LoadedModel, cases: list[Case
 def test_impossible_grids_are_refused(budgets: tuple[float, ...], protocols: tuple[str, ...]) -> None:
     with pytest.raises(InputError):
         Grid(GRID.methods, budgets, protocols)
+
+
+def test_a_method_at_uniform_runs_without_the_plans_budgets_and_choices(
+    model: LoadedModel, plan: Plan, cases: list[Case]
+) -> None:
+    layers = [
+        layer.model_copy(
+            update={"budget": 0.05 if layer.index else 0.65, "choice": LayerChoice(merge="evict", cost=(1, 0))}
+        )
+        for layer in plan.layers
+    ]
+    split = plan.model_copy(update={"layers": tuple(layers)})
+    grid = Grid(tuple(parse_methods("robust,robust@uniform", 0.25)), (0.2,), ("blind",))
+    rows = {row.method: row for row in evaluate(measuring_here(model, split), cases[:1], grid)}
+    (even,) = evaluate(measuring_here(model, plan), cases[:1], replace(grid, methods=grid.methods[:1]))
+    assert rows["robust@uniform"].kl == pytest.approx(even.kl, abs=1e-6)
+    assert rows["robust"].kl != pytest.approx(even.kl, abs=1e-6)

@@ -1,4 +1,4 @@
-"""Choices by measurement: what is compared, the rule against noise, and that a plan and its runs follow."""
+"""Choices by measurement: what is proposed, the rule against noise, and that a plan and its runs follow."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from tiny_checkpoint import write_checkpoint
 import flowmm
 from flowmm.cli import main
 from flowmm.models import LoadedModel, load_model
-from flowmm.plans import LayerPlan, MethodParameters, Plan, unprofiled_plan
+from flowmm.plans import MethodParameters, Plan, unprofiled_plan
+from flowmm.plans.choices import LayerChoice
 from flowmm.profiler import decisions, load_calibration
-from flowmm.profiler.decisions import Comparison, candidates, clear_choices, measure_choices, measure_layers
-from flowmm.profiler.decisions import with_choices as chosen_plan
+from flowmm.profiler.decisions import blocks, holds, measure_choices, measure_layers, proposals, with_choices
+from flowmm.profiler.joint_budgets import Allocation
+from flowmm.profiler.joint_costs import Arrangement, JointPrompts
 
 METHOD = MethodParameters()
 
@@ -39,117 +41,160 @@ def plan(model: LoadedModel) -> Plan:
     return plan.model_copy(update={"layers": layers})
 
 
-def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decisions, "OPERATORS", ("evict", "average"))
-    monkeypatch.setattr(decisions, "SIMILARITIES", (0.8,))
+def few_proposals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decisions, "SELECTIONS", ({"selector": "kcenter", "keep_proxies": False},))
+    monkeypatch.setattr(decisions, "OPERATORS", ("evict",))
+    monkeypatch.setattr(decisions, "SIMILARITIES", ())
+    monkeypatch.setattr(decisions, "GATES", ("none",))
 
 
-def row(**changes: Any) -> LayerPlan:
-    return LayerPlan.model_validate({"index": 0, "mode": "cross", "budget": 0.2, "rho": None} | changes)
+NOTHING: tuple[dict[str, Any], ...] = ({},) * 4
 
 
-def test_candidates_differ_from_the_method_and_leave_a_persons_mode_alone() -> None:
-    found = candidates(row(), METHOD)
-    assert {"merge": "evict"} in found
-    assert {"tau": "pivot_quantile:0.8"} in found
-    assert {"mode": "intra"} in found
-    assert {"min_sim": 0.8} in found, "the method's own operator with another min_sim"
-    ungated = METHOD.model_copy(update={"tau": "none"})
-    assert all(value != getattr(ungated, name, None) for one in found for name, value in one.items())
-    assert len({str(one) for one in found}) == len(found)
-    for alone in (row(mode="online"), row(forced=True)):
-        assert not any("mode" in one for one in candidates(alone, METHOD))
-
-
-def compared(own: np.ndarray, cost: np.ndarray, layer: int = 0, **changes: Any) -> Comparison:
-    return Comparison(layer, changes or {"merge": "evict"}, own, cost)
-
-
-def test_the_cheapest_clear_candidate_is_chosen() -> None:
-    noise = np.random.default_rng(0)
-    own = noise.exponential(1.0, 32)
-    good, better = own * 0.6 + noise.normal(0, 0.01, 32), own * 0.4 + noise.normal(0, 0.01, 32)
-    choices = clear_choices(
-        [
-            compared(own, good, merge="average"),
-            compared(own, better, merge="mass", min_sim=0.8),
-            compared(own, own * 1.5, layer=1, merge="mass"),
-        ]
+def test_proposals_change_something_and_leave_a_persons_mode_alone(plan: Plan) -> None:
+    found = list(proposals(plan, NOTHING))
+    assert len({str(state) for state in found}) == len(found)
+    kcenter = {"selector": "kcenter", "keep_proxies": False}
+    assert ({}, kcenter, kcenter, {}) in found, "a stretch of layers"
+    assert ({}, {}, {"min_sim": 0.8}, {}) in found
+    assert ({}, {}, {"tau": "pivot_quantile:0.8"}, {}) in found
+    assert all(
+        value != getattr(METHOD, name)
+        for state in found
+        for one in state
+        for name, value in one.items()
+        if name != "tau"
     )
-    assert set(choices) == {0}
-    assert (choices[0].merge, choices[0].min_sim) == ("mass", 0.8)
-    assert choices[0].cost == pytest.approx((own.mean(), better.mean()), rel=1e-5)
+    assert not any("mode" in one for state in found for one in state), "forced, or decided per prompt"
+    unforced = tuple(layer.model_copy(update={"forced": False}) for layer in plan.layers)
+    found = list(proposals(plan.model_copy(update={"layers": unforced}), NOTHING))
+    assert ({}, {"mode": "intra"}, {}, {}) in found
+    assert ({"mode": "intra"}, {}, {}, {}) not in found, "layer 0 decides per prompt"
 
 
-@pytest.mark.parametrize(
-    "saving",
-    [0.05, 1.0],
-    ids=["less than a tenth", "of layers that cost next to nothing"],
-)
-def test_small_savings_change_nothing(saving: float) -> None:
-    own = np.linspace(1, 2, 32) * (1.0 if saving < 1 else 5e-4)
-    assert clear_choices([compared(own, own * (1 - saving))]) == {}
+def test_proposals_add_to_what_was_chosen_and_lead_back(plan: Plan) -> None:
+    kcenter = {"selector": "kcenter"}
+    state = ({"selector": "proxy+novelty", "first_share": 0.25}, {"merge": "evict"}, {}, {})
+    found = list(proposals(plan, state))
+    assert state not in found
+    assert (state[0], {"merge": "evict"} | kcenter, {}, {}) in found
+    assert (state[0], {}, {}, {}) in found, "the method's own operator"
+    assert (kcenter, state[1], {}, {}) in found, "one selector has no first share"
 
 
-def test_one_prompt_decides_nothing() -> None:
-    assert clear_choices([compared(np.array([2.0]), np.array([0.0]))]) == {}
+@pytest.mark.parametrize(("layers", "sizes"), [(1, [1]), (4, [1] * 4), (6, [1] * 6), (28, [4, 5, 5, 4, 5, 5])])
+def test_blocks_cover_all_layers_in_order(layers: int, sizes: list[int]) -> None:
+    found = blocks(layers)
+    assert [len(block) for block in found] == sizes
+    assert [layer for block in found for layer in block] == list(range(layers))
 
 
-def test_noise_alone_chooses_in_at_most_one_plan_of_twenty() -> None:
-    """Candidates that are no better, costs as skewed as KL is: family-wise error over 6 layers x 20 candidates."""
-    noise, plans, wrong = np.random.default_rng(1), 60, 0
-    for _ in range(plans):
-        own = noise.lognormal(-2, 1.2, (6, 32))
-        others = own[:, None] * noise.lognormal(0, 0.5, (6, 20, 32))
-        others *= (own.mean(-1)[:, None] / others.mean(-1).mean(-1, keepdims=True))[..., None]
-        wrong += bool(clear_choices([compared(own[i], others[i, j], layer=i) for i in range(6) for j in range(20)]))
-    assert wrong / plans <= 0.05
+def test_a_gain_holds_above_its_standard_error() -> None:
+    assert holds(np.array([1.0, 2.0, 3.0]))
+    assert not holds(np.array([-1.0, 0.0, 1.5]))
+    assert not holds(np.array([5.0])), "one prompt decides nothing"
+    assert not holds(np.zeros(4))
 
 
-def test_candidates_are_measured_on_the_same_prompts_at_what_layers_would_keep(
-    model: LoadedModel, plan: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[Any] = []
-    original = decisions.measure_costs
+class Simulated:
+    """Prompts whose costs are made up: `effect` of an arrangement's methods, plus noise of prompt and arrangement."""
 
-    def watch(model: Any, plan: Any, samples: Any, variants: Any, **how: Any) -> Any:
-        seen.extend(variants)
-        return original(model, plan, samples, variants, **how)
+    def __init__(self, count: int, effect: Any, noise: float, seed: int = 0) -> None:
+        self.count, self.effect, self.noise = count, effect, noise
+        self.generator = np.random.default_rng(seed)
 
-    monkeypatch.setattr(decisions, "measure_costs", watch)
-    few_candidates(monkeypatch)
-    found = measure_choices(model, plan, load_calibration("pocket", limit=2), limit=2, protocols=("blind",))
-    assert {one.layer for one in found} == set(range(4))
-    assert all(one.cost.shape == one.own.shape == (2,) for one in found)
-    assert {variant.ratio for variant in seen} == set(decisions.BUDGETS)
-    own = [variant for variant in seen if variant.layer == 2 and variant.method == plan.method]
-    assert len(own) == len(decisions.BUDGETS), "layer 2 is forced, so that only parameters are compared"
+    def __len__(self) -> int:
+        return self.count
+
+    def every(self, step: int, start: int) -> Simulated:
+        return Simulated(
+            len(range(start, self.count, step)), self.effect, self.noise, int(self.generator.integers(1e9))
+        )
+
+    def costs(self, arrangements: Any, **_: Any) -> np.ndarray:
+        mean = np.array([1.0 - self.effect(one) for one in arrangements])
+        return np.maximum(0, mean + self.noise * self.generator.normal(size=(self.count, len(mean))))
+
+
+def wins(arrangement: Arrangement) -> float:
+    """Layers 1 and 2 gain by k-center only together, layer 3 by eviction."""
+    kcenter = [method.selector == "kcenter" for method in arrangement.methods]
+    return 0.3 * (kcenter[1] and kcenter[2]) - 0.05 * sum(kcenter) + 0.1 * (arrangement.methods[3].merge == "evict")
+
+
+def test_what_holds_on_both_halves_is_chosen_also_where_layers_must_change_together(plan: Plan) -> None:
+    prompts: Any = Simulated(32, wins, 0.05)
+    found = measure_choices(prompts, plan)
+    assert [choice and choice.selector for choice in found] == [None, "kcenter", "kcenter", None]
+    assert found[3] is not None
+    assert found[3].merge == "evict"
+    for choice in filter(None, found):
+        assert choice.cost[1] < choice.cost[0]
+
+
+def test_noise_alone_seldom_chooses(plan: Plan) -> None:
+    chosen = [any(measure_choices(prompts, plan)) for prompts in _noises(40)]
+    assert sum(chosen) / len(chosen) <= 0.6, (
+        "eight confirmations at one standard error, of which the final look drops some"
+    )
+
+
+def _noises(count: int) -> list[Any]:
+    return [Simulated(32, lambda _: 0.0, 0.1, seed) for seed in range(count)]
+
+
+def test_one_prompt_chooses_nothing(model: LoadedModel, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_proposals(monkeypatch)
+    prompts = JointPrompts.read(model, plan, load_calibration("pocket", limit=1), protocols=("blind",))
+    seen: list[tuple[int, int | None]] = []
+    found = measure_choices(prompts, plan, progress=lambda done, total: seen.append((done, total)))
+    assert found == (None,) * 4
+    assert seen[-1][0] == seen[-1][1]
 
 
 def test_choices_and_their_curves_are_stored(model: LoadedModel, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A candidate that is always better: the plan must hold it, and a curve measured with it."""
     samples = load_calibration("pocket", limit=1)
-
-    def always(model: Any, plan: Any, *_: Any, **__: Any) -> list[Comparison]:
-        own = np.array([1.0, 1.1])
-        return [compared(own, own / 2, layer=1, merge="evict", min_sim=0.9)]
-
-    plain = measure_layers(model, plan, samples, budgets=True, choices=False, protocols=("blind",))
-    monkeypatch.setattr(decisions, "measure_choices", always)
-    decided = measure_layers(model, plan, samples, budgets=True, choices=True, protocols=("blind",))
+    choice = LayerChoice(merge="evict", min_sim=0.9, cost=(1.0, 0.5))
+    plain = measure_layers(model, plan, samples, budgets="measured", choices=False, protocols=("blind",))
+    monkeypatch.setattr(decisions, "measure_choices", lambda *_, **__: (None, choice, None, None))
+    decided = measure_layers(model, plan, samples, budgets="measured", choices=True, protocols=("blind",))
     assert Plan.loads(decided.dumps()) == decided
     assert decided.sensitivity is not None
     assert decided.sensitivity.budgets == decisions.BUDGETS
-    choice = decided.layers[1].choice
-    assert choice is not None
-    assert choice.merge == "evict"
+    assert decided.layers[1].choice == choice
     same = [decided.layers[layer].curve == plain.layers[layer].curve for layer in range(4)]
     assert same == [True, False, True, True]
 
 
+def test_joint_budgets_are_measured_again_with_the_choices(
+    model: LoadedModel, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = LayerChoice(selector="kcenter", keep_proxies=False, cost=(1.0, 0.5))
+    asked: list[Any] = []
+
+    def path(prompts: JointPrompts, plan: Plan, **_: Any) -> Any:
+        asked.append((len(prompts), [layer.choice for layer in plan.layers]))
+        return decisions_path
+
+    decisions_path = (decisions_allocation(0.1, 4), decisions_allocation(1.0, 4))
+    monkeypatch.setattr(decisions, "measure_allocations", path)
+    monkeypatch.setattr(decisions, "measure_choices", lambda *_, **__: (None, choice, None, None))
+    samples = load_calibration("pocket", limit=2)
+    decided = measure_layers(model, plan, samples, budgets="joint", choices=True, protocols=("blind",))
+    assert asked == [(1, [None] * 4), (2, [None, choice, None, None])]
+    assert decided.layers[1].choice == choice
+    assert decided.allocations is not None
+    assert decided.sensitivity is not None
+    assert (decided.sensitivity.n_samples, decided.sensitivity.budgets) == (2, decisions.BUDGETS)
+
+
+def decisions_allocation(ratio: float, layers: int) -> Allocation:
+    return Allocation((ratio,) * layers, 0.0)
+
+
 def test_a_measured_mode_is_the_layers(plan: Plan) -> None:
-    own = np.array([1.0, 1.1, 1.2])
-    decided = chosen_plan(plan, [compared(own, own / 2, layer=2, mode="intra")], ("aware",))
+    choice = LayerChoice(mode="intra", cost=(1.0, 0.5))
+    decided = with_choices(plan, (None, None, choice, None), ("aware",), 3)
     assert decided.layers[2].mode == "intra"
     assert decided.layers[2].mode_was_measured
 
@@ -157,7 +202,7 @@ def test_a_measured_mode_is_the_layers(plan: Plan) -> None:
 def test_command_line(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few_candidates(monkeypatch)
+    few_proposals(monkeypatch)
     out = tmp_path / "plan.json"
     options = ["profile", "--model", str(checkpoint), "--limit", "2", "--out", str(out), "-q", "--json"]
     options += ["--sensitivity-prompts", "1", "--protocol", "aware", "--overwrite"]

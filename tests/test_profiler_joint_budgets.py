@@ -9,11 +9,11 @@ import torch
 from tiny_checkpoint import write_checkpoint
 
 import flowmm
-from flowmm.errors import InputError
 from flowmm.models import LoadedModel, load_model
 from flowmm.plans import MethodParameters, Plan, unprofiled_plan
 from flowmm.profiler import load_calibration
-from flowmm.profiler.joint_budgets import LEVELS, LOST, REACH, Allocation, measure_allocations, with_allocations
+from flowmm.profiler.joint_budgets import LEVELS, REACH, Allocation, measure_allocations, with_allocations
+from flowmm.profiler.joint_costs import JointPrompts
 from flowmm.profiler.sensitivity import PROTOCOLS
 from flowmm.runtime.budgets import entry_budget
 from flowmm.runtime.cache import CompressionSettings
@@ -41,7 +41,8 @@ def plan(model: LoadedModel) -> Plan:
 
 @pytest.fixture(scope="module")
 def path(model: LoadedModel, plan: Plan) -> tuple[Allocation, ...]:
-    return measure_allocations(model, plan, load_calibration("pocket", limit=1), protocols=("blind",))
+    prompts = JointPrompts.read(model, plan, load_calibration("pocket", limit=1), protocols=("blind",), hold=True)
+    return measure_allocations(prompts, plan)
 
 
 def test_each_allocation_is_the_next_one_with_one_layer_lowered(path: tuple[Allocation, ...], plan: Plan) -> None:
@@ -78,8 +79,8 @@ def test_a_cost_is_the_divergence_of_the_cache_that_a_run_would_make(
             feed(model.model, cache, fed, places, keep=count)
             for cache in (prefilled.full_cache(), prefilled.cache(settings))
         )
-    expected = divergence(wanted, given).clamp(max=LOST).mean()
-    assert found.cost == pytest.approx(float(expected), abs=1e-6)
+    expected = (divergence(wanted, given) / 2).sqrt().clamp(max=1).mean()
+    assert found.cost == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_a_plan_follows_its_allocations_at_any_total(plan: Plan, path: tuple[Allocation, ...]) -> None:
@@ -91,8 +92,3 @@ def test_a_plan_follows_its_allocations_at_any_total(plan: Plan, path: tuple[All
     for allocation in path:
         mean = sum(allocation.ratios) / len(allocation.ratios)
         assert made.layer_budgets(mean) == pytest.approx(allocation.ratios, abs=1e-5)
-
-
-def test_unknown_protocols_are_refused(model: LoadedModel, plan: Plan) -> None:
-    with pytest.raises(InputError, match="expected one or more of"):
-        measure_allocations(model, plan, load_calibration("pocket", limit=1), protocols=("third",))

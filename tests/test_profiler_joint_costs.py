@@ -1,0 +1,74 @@
+"""Costs of whole arrangements: the same held or prefilled again, and what a token costs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny_checkpoint import write_checkpoint
+
+import flowmm
+from flowmm.errors import InputError
+from flowmm.models import LoadedModel, load_model
+from flowmm.plans import Plan, unprofiled_plan
+from flowmm.profiler import load_calibration
+from flowmm.profiler.joint_costs import Arrangement, JointPrompts, nats, shift_bound
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load_model(str(write_checkpoint(tmp_path_factory.mktemp("checkpoint"))), dtype="fp32")
+
+
+@pytest.fixture(scope="module")
+def plan(model: LoadedModel) -> Plan:
+    return unprofiled_plan(model.fingerprint(), flowmm_version=flowmm.__version__)
+
+
+@pytest.fixture(scope="module")
+def prompts(model: LoadedModel, plan: Plan) -> JointPrompts:
+    return JointPrompts.read(model, plan, load_calibration("pocket", limit=3), hold=True)
+
+
+def test_a_token_costs_at_least_how_far_its_distribution_moves_and_at_most_one() -> None:
+    """Pinsker: the total variation distance is at most sqrt(KL / 2)."""
+    generator = torch.Generator().manual_seed(0)
+    full, other = (torch.randn(64, 9, generator=generator).mul(3).softmax(-1) for _ in range(2))
+    divergence = (full * (full / other).log()).sum(-1)
+    cost = shift_bound(divergence)
+    assert (cost >= (full - other).abs().sum(-1) / 2 - 1e-6).all()
+    assert cost.max() == 1
+    assert shift_bound(torch.zeros(1)) == 0
+
+
+def test_held_prompts_cost_what_prefilled_ones_do(prompts: JointPrompts, plan: Plan) -> None:
+    asked = [Arrangement.planned(plan, total) for total in (0.05, 0.3, 1.0)]
+    again = replace(prompts, held=None)
+    held = prompts.costs(asked, forget=False)
+    assert held.shape == (3, 3)
+    assert np.array_equal(held, again.costs(asked))
+    assert np.array_equal(held, prompts.costs(asked)), "what was kept of earlier compressions changes nothing"
+    assert held[:, 2] == pytest.approx(0.0, abs=2e-3)
+    assert (held[:, 0] > held[:, 2]).all()
+    assert not np.array_equal(held, prompts.costs(asked, of=nats))
+
+
+def test_halves_share_no_prompt(prompts: JointPrompts) -> None:
+    first, second = prompts.every(2, 0), prompts.every(2, 1)
+    assert (len(first), len(second)) == (2, 1)
+    assert {id(trial) for of in first.trials for trial in of}.isdisjoint(id(t) for of in second.trials for t in of)
+    assert len(second.every(2, 1)) == 1, "where a half would be empty, all prompts stay"
+
+
+def test_an_online_layer_has_the_mode_of_the_prompt(plan: Plan) -> None:
+    asked = Arrangement.planned(plan, 0.2)
+    assert asked.modes == ("online",) * 4
+    mixed = replace(asked, modes=("online", "intra", "cross", "online"))
+    assert mixed.settings(("cross", "cross", "intra", "intra")).modes == ("cross", "intra", "cross", "intra")
+
+
+def test_unknown_protocols_are_refused(model: LoadedModel, plan: Plan) -> None:
+    with pytest.raises(InputError, match="expected one or more of"):
+        JointPrompts.read(model, plan, load_calibration("pocket", limit=1), protocols=("third",))
