@@ -108,7 +108,7 @@ class Simulated:
 
     def every(self, step: int, start: int) -> Simulated:
         return Simulated(
-            len(range(start, self.count, step)), self.effect, self.noise, int(self.generator.integers(1e9))
+            len(range(start, self.count, step)), self.effect, self.noise, int(self.generator.integers(10**9))
         )
 
     def costs(self, arrangements: Any, **_: Any) -> np.ndarray:
@@ -134,9 +134,7 @@ def test_what_holds_on_both_halves_is_chosen_also_where_layers_must_change_toget
 
 def test_noise_alone_seldom_chooses(plan: Plan) -> None:
     chosen = [any(measure_choices(prompts, plan)) for prompts in _noises(40)]
-    assert sum(chosen) / len(chosen) <= 0.6, (
-        "eight confirmations at one standard error, of which the final look drops some"
-    )
+    assert sum(chosen) / len(chosen) <= 0.5, "a third of all plans: up to eight confirmations at one standard error"
 
 
 def _noises(count: int) -> list[Any]:
