@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers.generation.configuration_utils import CompileConfig
 
 from flowmm.plans import MethodParameters
 from flowmm.plans.method import TAU_RULES, parse_rule
@@ -164,25 +165,47 @@ def compiler_for(device: torch.device) -> str | None:
 
 def merge_operation(device: torch.device) -> MergeLayer:
     """The compiled operation where a compiler is at hand, else the same uncompiled, and a warning that says so."""
-    if compiler_for(device) is None:
-        warnings.warn(
-            f"no compiler for {device.type} code was found, so merging runs uncompiled; install "
-            f"{'triton' if device.type == 'cuda' else 'g++ or clang++'}, or do not ask for compilation",
-            NoCompilerWarning,
-            stacklevel=3,
-        )
-        return MergeLayer(merge_layer)
-    return MergeLayer(_compiled())
+    return MergeLayer(_compiled() if _can_compile(device, "merging runs") else merge_layer)
+
+
+def decoding_config(device: torch.device) -> CompileConfig | None:
+    """transformers' options for one compiled graph per decoded token; None and a warning where no compiler is found."""
+    if not _can_compile(device, "decoding runs"):
+        return None
+    _keep_code()
+    if device.type == "cuda":
+        return CompileConfig(fullgraph=True)
+    config = CompileConfig(fullgraph=True, mode="default")
+    # Elsewhere than on a GPU, transformers compiles nothing unless told so.
+    config._compile_all_devices = True
+    return config
+
+
+def _can_compile(device: torch.device, what: str) -> bool:
+    if compiler_for(device) is not None:
+        return True
+    warnings.warn(
+        f"no compiler for {device.type} code was found, so {what} uncompiled; install "
+        f"{'triton' if device.type == 'cuda' else 'g++ or clang++'}, or do not ask for compilation",
+        NoCompilerWarning,
+        stacklevel=4,
+    )
+    return False
 
 
 @cache
 def _compiled() -> Callable[..., Outcome]:
+    _keep_code()
+    return torch.compile(merge_layer, fullgraph=True, dynamic=True)
+
+
+def _keep_code() -> None:
+    """Let compiled code be kept where the next process finds it."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     # Importing torch's compiler may already have named a directory that does not outlive a restart.
     if os.environ.get(CACHE_VARIABLE) in (None, default_cache_dir()):
         os.environ[CACHE_VARIABLE] = str(_cache_directory())
-    return torch.compile(merge_layer, fullgraph=True, dynamic=True)
 
 
 def _cache_directory() -> Path:

@@ -20,7 +20,7 @@ from flowmm.plans import LayerPlan, MethodParameters, ModelFingerprint, Plan, re
 from flowmm.runtime.attention import attached
 from flowmm.runtime.budgets import Budget, planned_entries, validate_budget
 from flowmm.runtime.cache import CompressionSettings, FlowCache
-from flowmm.runtime.compiled import merge_operation
+from flowmm.runtime.compiled import decoding_config, merge_operation
 from flowmm.runtime.host import GenerateShadow, offsets_of, restore_offsets, shadowed_generate, valid_tokens
 from flowmm.runtime.online import CheckAction, OnlineCheck, PlannedRho
 from flowmm.runtime.report import RunReport, build_report
@@ -43,10 +43,19 @@ class Run:
     Attributes:
         plan: the plan in use.
         settings: method, modes, budget and check of every cache this run makes.
+        compile_config: transformers' options for compiled decoding, ``None``: decode as told.
     """
 
-    def __init__(self, model: Any, plan: Plan, settings: CompressionSettings, fingerprint: ModelFingerprint) -> None:
+    def __init__(
+        self,
+        model: Any,
+        plan: Plan,
+        settings: CompressionSettings,
+        fingerprint: ModelFingerprint,
+        compile_config: Any = None,
+    ) -> None:
         self.plan = plan
+        self.compile_config = compile_config
         self._fingerprint = fingerprint
         self.settings = settings
         self._model = model
@@ -222,6 +231,7 @@ def compress(
     check: CheckAction | None = None,
     recompress_every: int | None = None,
     compile: bool = False,
+    compile_decoding: bool = False,
 ) -> Generator[Run]:
     """Compress the KV cache of every prompt that `model` reads inside the block.
 
@@ -239,6 +249,8 @@ def compress(
             whole.
         compile: merge with compiled code, made at the first prompt (tens of seconds, seconds once it is on disk) and
             used for all later ones; uncompiled with a :class:`NoCompilerWarning` where no compiler is found.
+        compile_decoding: ``generate`` uses the static cache and one compiled graph per token, made at the first token
+            (tens of seconds, seconds once it is on disk); drafts are decoded uncompiled.
 
     Yields:
         the :class:`Run`: ``run.report`` after generation, ``run.new_cache()`` for explicit ``past_key_values=``.
@@ -277,7 +289,7 @@ def compress(
         visual_ids=visual_token_ids(model.config),
         operation=merge_operation(model.device) if compile else None,
     )
-    run = Run(model, plan, settings, fingerprint)
+    run = Run(model, plan, settings, fingerprint, decoding_config(model.device) if compile_decoding else None)
     see_rotary = run._see_rotary if any(method.needs_rotary for method in settings.methods) else None
     with attached(model, run._flow_of, see_rotary, run._note_offsets), shadowed_generate(model, run) as shadow:
         run._shadow = shadow

@@ -24,12 +24,17 @@ CACHE, POSITIONS, PREFILL = (
     "_prepare_position_ids_for_generation",
     "_prefill",
 )
+# What transformers leaves on a model that it compiled.
+COMPILED = ("_compiled_call", "_last_compile_config")
 # Guards which blocks are open on a model, and the position offsets that a model keeps in one place for all prompts.
 _lock = threading.RLock()
 
 
 class OpenBlock(Protocol):
-    """A ``compress`` block."""
+    """A ``compress`` block; `compile_config`: transformers' options for compiled decoding, None to decode as told."""
+
+    @property
+    def compile_config(self) -> Any: ...
 
     def new_cache(self) -> FlowCache:
         """An empty cache."""
@@ -48,6 +53,7 @@ class GenerateShadow:
         self._blocks: list[tuple[OpenBlock, int]] = []
         self._originals = {name: getattr(model, name) for name in (CACHE, POSITIONS, PREFILL)}
         self._own = {name: method for name, method in self._originals.items() if name in vars(model)}
+        self._compiled = {name: vars(model)[name] for name in COMPILED if name in vars(model)}
         # Between two questions of one call of generate.
         self._call = threading.local()
 
@@ -69,8 +75,10 @@ class GenerateShadow:
         if not self._blocks:
             for name in self._originals:
                 delattr(self._model, name)
-            for name, method in self._own.items():
-                setattr(self._model, name, method)
+            for name in COMPILED:
+                vars(self._model).pop(name, None)
+            for name, attribute in (self._own | self._compiled).items():
+                setattr(self._model, name, attribute)
 
     def positions(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
         """Positions of a conversation, whatever other conversation the model served last."""
@@ -85,9 +93,11 @@ class GenerateShadow:
     def cache(self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any) -> Any:
         """A flowmm cache where the caller passes none."""
         _refuse_unsupported(generation_config)
+        assisted = "assisted" in str(generation_mode).lower()
+        block = self.block_of_this_thread()
         if model_kwargs.get("past_key_values") is None:
-            block = self.block_of_this_thread()
-            if generation_config.cache_implementation == "static":
+            compiles = block.compile_config is not None and not assisted
+            if compiles or generation_config.cache_implementation == "static":
                 # The host would make a static cache of its own.
                 generation_config.cache_implementation = None
                 made = block.static_cache(generation_config.max_length - self._call.length)
@@ -96,11 +106,13 @@ class GenerateShadow:
             model_kwargs["past_key_values"] = made
         cache = model_kwargs["past_key_values"]
         if isinstance(cache, StaticFlowCache):
+            if generation_config.compile_config is None:
+                generation_config.compile_config = block.compile_config
             # A prompt still to come is compressed before it takes room.
             cache.ensure_room(generation_config.max_length - (int(cache.get_seq_length()) or self._call.length))
         if isinstance(cache, FlowCache):
             cache.rope_deltas = getattr(self._call, "offsets", None)
-            if "assisted" in str(generation_mode).lower():
+            if assisted:
                 self._expect_drafts(cache)
         return self._originals[CACHE](generation_config, model_kwargs, generation_mode, *args)
 

@@ -8,12 +8,11 @@ import pytest
 import torch
 from test_runtime_oracle import BATCH, GREEDY, PROMPT, logits_of, uneven_plan
 from tiny import tiny_inputs, tiny_model
-from transformers.generation.configuration_utils import CompileConfig
 
 import flowmm
 from flowmm.errors import InputError
 from flowmm.plans import MethodParameters
-from flowmm.runtime import static_cache
+from flowmm.runtime import NoCompilerWarning, compiled, static_cache
 
 METHODS = {
     "robust": MethodParameters.from_preset("robust"),
@@ -101,21 +100,39 @@ def test_what_a_static_cache_cannot_do_is_refused(model: Any) -> None:
         model.generate(**tiny_inputs(PROMPT), **STATIC)
 
 
+def test_compiled_decoding_without_a_compiler_runs_uncompiled(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = tiny_inputs(PROMPT)
+    with flowmm.compress(model, uneven_plan(model), budget=0.3):
+        expected = model.generate(**inputs, **GREEDY)
+        drafted = model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=2)
+    monkeypatch.setattr(compiled.shutil, "which", lambda _: None)
+    block = flowmm.compress(model, uneven_plan(model), budget=0.3, compile_decoding=True)
+    with pytest.warns(NoCompilerWarning, match="decoding runs uncompiled"), block:
+        found = model.generate(**inputs, **GREEDY)
+    assert torch.equal(found.sequences, expected.sequences)
+    monkeypatch.undo()
+    with flowmm.compress(model, uneven_plan(model), budget=0.3, compile_decoding=True) as run:
+        assert run.compile_config.fullgraph
+        found = model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=2)
+        assert not isinstance(run.cache, static_cache.StaticFlowCache)
+    assert torch.equal(found.sequences, drafted.sequences)
+
+
 @pytest.mark.slow
 def test_compiled_decoding_is_one_graph(model: Any) -> None:
-    compiled = CompileConfig(fullgraph=True, mode="default", dynamic=False)
-    compiled._compile_all_devices = True
-    lengths = [[[9, -4, 30]], PROMPT, [[50, -16, 9]], [[5, -25, 60]]]
-    with flowmm.compress(model, uneven_plan(model), budget=0.3):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        for seed, rows in enumerate(lengths):
-            inputs = tiny_inputs(rows, seed=seed)
+    prompts = [[[9, -4, 30]], PROMPT, [[50, -16, 9]], [[5, -25, 60]]]
+    attributes = set(vars(model))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for seed, rows in enumerate(prompts):
+        inputs = tiny_inputs(rows, seed=seed)
+        with flowmm.compress(model, uneven_plan(model), budget=0.3):
             expected = model.generate(**inputs, **GREEDY)
-            found = model.generate(**inputs, **STATIC, compile_config=compiled)
-            torch.testing.assert_close(logits_of(found), logits_of(expected), atol=1e-4, rtol=1e-4)
+        with flowmm.compress(model, uneven_plan(model), budget=0.3, compile_decoding=True) as run:
+            found = model.generate(**inputs, **GREEDY)
+            assert isinstance(run.cache, static_cache.StaticFlowCache)
+        assert set(vars(model)) == attributes
+        torch.testing.assert_close(logits_of(found), logits_of(expected), atol=1e-4, rtol=1e-4)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
-    for attribute in ("_compiled_call", "_last_compile_config"):
-        model.__dict__.pop(attribute, None)
