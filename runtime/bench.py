@@ -76,6 +76,7 @@ class Row:
         ttft_s: seconds from prepared inputs (pixels) to the first token on the host.
         token_s: seconds per later token (TPOT).
         prefill_ratio, ttft_ratio, token_ratio: to the dynamic cache, in pairs.
+        prefill_cpu_ratio, token_cpu_ratio: of processor time, which other processes disturb less; None on a GPU.
         tokens_per_s: of the whole batch.
         prompt_bytes: keys, values and biases of the entries kept of the prompt, as the tensors hold them.
         contract_bytes: sum over layers of kept x 2 x KV heads x head dimension x item size, from the plan alone.
@@ -100,6 +101,8 @@ class Row:
     ttft_ratio: Figure
     token_s: Figure
     token_ratio: Figure
+    prefill_cpu_ratio: Figure | None
+    token_cpu_ratio: Figure | None
     tokens_per_s: float
     prompt_bytes: int
     contract_bytes: int
@@ -275,8 +278,10 @@ class _Contestant:
     cache: Any = None
     next: Tensor | None = None
     prefills: list[float] = field(default_factory=list)
+    prefills_cpu: list[float] = field(default_factory=list)
     firsts: list[float] = field(default_factory=list)
     tokens: list[float] = field(default_factory=list)
+    tokens_cpu: list[float] = field(default_factory=list)
     peak: int = 0
     first_prefill_s: float = 0.0
     first_token_s: float = 0.0
@@ -314,11 +319,11 @@ def _contestants(settings: Settings, plan: Plan) -> list[_Contestant]:
 
 
 class _DecoderClock:
-    """Seconds spent in the text layers of the latest forward call."""
+    """Seconds, and those of the processor, spent in the text layers of the latest forward call."""
 
     def __init__(self, model: Any) -> None:
         self._decoder, self._device = model.get_decoder(), model.device
-        self.seconds = 0.0
+        self.seconds = self.cpu_seconds = 0.0
 
     def __enter__(self) -> _DecoderClock:
         self._handles = [
@@ -333,11 +338,11 @@ class _DecoderClock:
 
     def _start(self, *_: Any) -> None:
         _wait(self._device)
-        self._began = time.perf_counter()
+        self._began, self._began_cpu = time.perf_counter(), time.process_time()
 
     def _stop(self, *_: Any) -> None:
         _wait(self._device)
-        self.seconds = time.perf_counter() - self._began
+        self.seconds, self.cpu_seconds = time.perf_counter() - self._began, time.process_time() - self._began_cpu
 
 
 def _prefill_in_turns(
@@ -357,6 +362,7 @@ def _prefill_in_turns(
             for contestant in _rotated(contestants, turn):
                 contestant.firsts.append(_prefill(model, inputs, contestant, room))
                 contestant.prefills.append(clock.seconds)
+                contestant.prefills_cpu.append(clock.cpu_seconds)
 
 
 def _prefill(model: Any, inputs: dict[str, Tensor], contestant: _Contestant, room: int) -> float:
@@ -400,15 +406,16 @@ def _decode_in_turns(
             for contestant in _rotated(contestants, step):
                 call = compiled if contestant.compiled and contestant.kind in FIXED_SHAPE else None
                 _wait(model.device)
-                start = time.perf_counter()
+                start, start_cpu = time.perf_counter(), time.process_time()
                 output = (call or model)(
                     input_ids=contestant.next, position_ids=position + step, past_key_values=contestant.cache
                 )
                 contestant.next = output.logits[:, -1:].argmax(-1)
                 _wait(model.device)
-                seconds = time.perf_counter() - start
+                seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
                 if step >= WARM_UP_TOKENS:
                     contestant.tokens.append(seconds)
+                    contestant.tokens_cpu.append(cpu_seconds)
                 elif step == 0:
                     contestant.first_token_s = seconds
             if step >= WARM_UP_TOKENS:
@@ -474,6 +481,7 @@ def _row(
     entries = planned_entries(plan.layer_budgets, contestant.budget)(tokens)
     compiles_token = contestant.compiled and contestant.kind in FIXED_SHAPE
     compiles_prefill = contestant.compiled and contestant.plan is not None
+    on_cpu = model.device.type == "cpu"
     return Row(
         tokens=tokens,
         batch=batch,
@@ -487,6 +495,8 @@ def _row(
         ttft_ratio=_paired(contestant.firsts, baseline.firsts),
         token_s=token,
         token_ratio=_paired(contestant.tokens, baseline.tokens),
+        prefill_cpu_ratio=_paired(contestant.prefills_cpu, baseline.prefills_cpu) if on_cpu else None,
+        token_cpu_ratio=_paired(contestant.tokens_cpu, baseline.tokens_cpu) if on_cpu else None,
         tokens_per_s=batch / token.median,
         prompt_bytes=size.held,
         contract_bytes=sum(entries) * entry,

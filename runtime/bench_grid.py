@@ -195,10 +195,13 @@ COLUMNS = (
     "batch",
     "prefill",
     "ratio",
+    "range",
+    "cpu",
     "TTFT",
     "token",
     "ratio",
     "range",
+    "cpu",
     "/ roofline",
     "paired",
     "KV MiB",
@@ -224,17 +227,15 @@ def table(result: dict[str, Any]) -> str:
 
 def _line(row: dict[str, Any]) -> tuple[str, ...]:
     compiling = [row[name] for name in ("compile_prefill_s", "compile_token_s") if row[name] is not None]
-    spread = row["token_ratio"]
     return (
         row_name(row),
         str(row["tokens"]),
         str(row["batch"]),
         f"{row['prefill_s']['median'] * 1e3:.0f} ms",
-        f"{row['prefill_ratio']['median']:.3f}",
+        *_ratio_cells(row["prefill_ratio"], row["prefill_cpu_ratio"]),
         f"{row['ttft_s']['median'] * 1e3:.0f} ms",
         f"{row['token_s']['median'] * 1e3:.2f} ms",
-        f"{spread['median']:.3f}",
-        f"{spread['least']:.2f}-{spread['greatest']:.2f}",
+        *_ratio_cells(row["token_ratio"], row["token_cpu_ratio"]),
         f"{row['roofline_ratio']:.2f}",
         f"{row['roofline_paired']['median']:.2f}",
         f"{row['prompt_bytes'] / MIB:.2f}",
@@ -243,6 +244,11 @@ def _line(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['peak_over_dynamic_layers']:+.2f}",
         f"{sum(compiling):.1f} s" if compiling else "-",
     )
+
+
+def _ratio_cells(ratio: dict[str, float], cpu: dict[str, float] | None) -> tuple[str, str, str]:
+    spread = f"{ratio['least']:.2f}-{ratio['greatest']:.2f}"
+    return f"{ratio['median']:.3f}", spread, "-" if cpu is None else f"{cpu['median']:.3f}"
 
 
 def row_name(row: dict[str, Any]) -> str:

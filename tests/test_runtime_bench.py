@@ -244,3 +244,22 @@ def test_the_gpu_script_states_the_papers_table() -> None:
     with torch.device("meta"):
         model = random_model("qwen2.5-vl-7b", device="meta", dtype="bf16")
     assert round(script["cache_gib"](model, script["PAPER_TOKENS"], 1.0), 2) == 2.06
+
+
+def test_the_cpu_script_measures_its_parts_and_shows_them_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    script = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "runtime_cpu.py"))
+    assert set(script["PARTS"]) >= {"budgets", "long", "batch", "compiled"}
+    small = Settings(("flowmm",), (0.2,), rounds=1, new_tokens=1)
+    script["PARTS"].clear()
+    script["PARTS"]["few"] = script["Part"](((120, 1), (120, 2)), small)
+    words = ["runtime_cpu.py", "--shape", "tiny", "--threads", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    script["main"]()
+    measured = capsys.readouterr().out
+    assert measured.count("flowmm 0.2") == 2
+    assert json.loads((tmp_path / "runtime_cpu_few.json").read_text())["settings"]["budgets"] == [0.2]
+    monkeypatch.setattr(sys, "argv", [*words, "--print"])
+    script["main"]()
+    assert capsys.readouterr().out == measured
