@@ -129,7 +129,7 @@ def _mass_threshold(values: Tensor, mask: Tensor, share: float | Tensor) -> Tens
 def unit_rows(vectors: Tensor) -> Tensor:
     """Rows scaled to length 1 in fp32, norms clamped at 1e-6."""
     vectors = vectors.float()
-    return vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=NORM_FLOOR)
+    return vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp(min=NORM_FLOOR)
 
 
 def nearest_pivot(
@@ -159,7 +159,8 @@ def nearest_pivot(
     entries = torch.nn.functional.pad(evicted_keys, (0, 2, 0, count * size - length))
     entries[:, :, :length, dim].copy_(evicted_class == 0)
     entries[:, :, :length, dim + 1].copy_(evicted_class == 1)
-    best = [_best_in_rows(entries[:, :, block * size : (block + 1) * size] @ pivots) for block in range(count)]
+    blocks = entries.unflatten(2, (count, size)).unbind(2)
+    best = [_best_in_rows(block @ pivots) for block in blocks]
     similarity = torch.cat([values for values, _ in best], 2)[:, :, :length]
     target = torch.cat([indices for _, indices in best], 2)[:, :, :length]
     found = allowed & (similarity > FORBIDDEN / 2)

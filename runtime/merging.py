@@ -24,18 +24,30 @@ GAUSS_SIGMA = 5.0
 class Group:
     """What an operator may look at. Pivot tensors end in ``N`` or ``[N, D]``, member tensors in ``E`` or ``[E, D]``.
 
-    All fp32; `target` is clamped to a valid slot and `joins` says which members count.
+    Numbers are fp32; `target` is clamped to a valid slot and `joins` says which members count. `members` are their
+    places in `all_keys` and `all_values` ``[B, Hkv, L, D]``.
     """
 
     key: Tensor
     value: Tensor
-    member_key: Tensor
-    member_value: Tensor
     mass: Tensor
     member_mass: Tensor
     similarity: Tensor
     target: Tensor
     joins: Tensor
+    members: Tensor
+    all_keys: Tensor
+    all_values: Tensor
+
+    @property
+    def member_key(self) -> Tensor:
+        """A fresh copy: most operators need none, and keys and values of all members are as large as the layer."""
+        return entries_at(self.all_keys, self.members).float()
+
+    @property
+    def member_value(self) -> Tensor:
+        """A fresh copy."""
+        return entries_at(self.all_values, self.members).float()
 
     def total(self, per_member: Tensor) -> Tensor:
         """Sum of ``[B, Hkv, E]`` over the members of each pivot: ``[B, Hkv, N]``."""
@@ -211,13 +223,14 @@ def gather_group(key: Tensor, value: Tensor, importance: Tensor, assignment: Ass
     return Group(
         key=entries_at(key, index).float(),
         value=entries_at(value, index).float(),
-        member_key=entries_at(key, evicted).float(),
-        member_value=entries_at(value, evicted).float(),
         mass=masses.gather(2, index),
         member_mass=masses.gather(2, evicted),
         similarity=assignment.similarity,
         target=assignment.target.clamp(min=0),
         joins=assignment.merged,
+        members=evicted,
+        all_keys=key,
+        all_values=value,
     )
 
 
@@ -234,26 +247,24 @@ def merge(operator: str, key: Tensor, value: Tensor, importance: Tensor, assignm
         Entries in the dtype of `key` and `value`. A pivot that absorbs nothing keeps its values bit for bit.
     """
     index = assignment.pivots.index
-    kept_key, kept_value = entries_at(key, index), entries_at(value, index)
     if operator == "evict" or assignment.evicted.shape[2] == 0:
-        return MergedEntries(kept_key, kept_value, None)
+        return MergedEntries(entries_at(key, index), entries_at(value, index), None)
     group = gather_group(key, value, importance, assignment)
     weights = OPERATORS[operator](group)
-    absorbed = (group.size > 0)[..., None]
+    absorbed = group.size > 0
+    # Keys before values, because the copies that this takes need not lie side by side.
     new_key = _combine(group, group.key, group.member_key, weights.key_pivot, weights.key_member)
+    new_key = torch.where(absorbed[..., None], new_key.to(key.dtype), entries_at(key, index))
     new_value = _combine(group, group.value, group.member_value, weights.value_pivot, weights.value_member)
-    bias = None if weights.bias is None else torch.where(absorbed[..., 0], weights.bias, 0.0)
-    return MergedEntries(
-        torch.where(absorbed, new_key.to(key.dtype), kept_key),
-        torch.where(absorbed, new_value.to(value.dtype), kept_value),
-        bias,
-    )
+    new_value = torch.where(absorbed[..., None], new_value.to(value.dtype), entries_at(value, index))
+    bias = None if weights.bias is None else torch.where(absorbed, weights.bias, 0.0)
+    return MergedEntries(new_key, new_value, bias)
 
 
 def _combine(group: Group, pivot: Tensor, member: Tensor, pivot_weight: Tensor, member_weight: Tensor) -> Tensor:
-    """``pivot_weight * pivot + sum over members of member_weight * member``."""
-    share = torch.where(group.joins, member_weight, 0.0)[..., None] * member
+    """``pivot_weight * pivot + sum over members of member_weight * member``; `member` is overwritten."""
+    member *= torch.where(group.joins, member_weight, 0.0)[..., None]
     combined = pivot_weight[..., None] * pivot
     target = flat_index(group.target, pivot.shape[2])
-    combined.view(-1, pivot.shape[-1]).index_add_(0, target.flatten(), share.flatten(0, 2))
+    combined.view(-1, pivot.shape[-1]).index_add_(0, target.flatten(), member.flatten(0, 2))
     return combined
