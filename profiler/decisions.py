@@ -6,8 +6,8 @@ neighbouring layers other parameters while all layers keep what the plan's budge
 The rule against noise: proposals are made on one half of the prompts and must hold on the other. At the smallest of
 :data:`BUDGETS`, the best :data:`PROPOSED` of those that gain more than a standard error on the first half are measured
 at all budgets on the second; of those that gain more than a standard error there, the one with the largest gain is
-taken. Further rounds go on from there until nothing holds. At last every layer whose choice does not lower the cost
-over all prompts goes back to the method's parameters.
+taken. A gain of less than a twentieth of the cost is none. Further rounds go on from there until nothing holds. At
+last every layer whose choice does not lower the cost over all prompts goes back to the method's parameters.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ GATES = ("none", "pivot_quantile:0.8")
 BLOCKS = 6
 ROUNDS = 3
 PROPOSED = 8
+# Of the present cost.
+LEAST_SHARE = 0.05
 
 Changes = dict[str, Any]
 """Fields of a :class:`LayerChoice`."""
@@ -126,9 +128,18 @@ class _Asked:
         return prompts.costs(arrangements, progress=told, **how)
 
 
-def holds(gain: np.ndarray) -> bool:
-    """Whether a gain ``[prompts]`` is on average more than a standard error above 0; never for one prompt."""
-    return len(gain) > 1 and float(gain.mean()) > float(gain.std(ddof=1)) / len(gain) ** 0.5
+def gains_of(cost: np.ndarray) -> dict[int, float]:
+    """From ``[prompts, 1 + proposals]``, the present state first: mean gain of every proposal that holds.
+
+    One holds where it gains on average more than a standard error over prompts, and :data:`LEAST_SHARE` of the present
+    cost. A single prompt has no standard error, so that it decides nothing.
+    """
+    gain = cost[:, :1] - cost[:, 1:]
+    if len(gain) < 2:
+        return {}
+    mean, error = gain.mean(0), gain.std(0, ddof=1) / len(gain) ** 0.5
+    least = LEAST_SHARE * cost[:, 0].mean()
+    return {place: float(mean[place]) for place in range(len(mean)) if mean[place] > max(error[place], least)}
 
 
 def measure_choices(
@@ -158,16 +169,12 @@ def _step(asked: _Asked, prompts: JointPrompts, plan: Plan, state: State) -> Sta
     """The proposal that gains most and holds, or ``None``."""
     first, second = prompts.every(2, 0), prompts.every(2, 1)
     found = list(proposals(plan, state))
-    cost = asked.costs(first, [arranged(plan, one, min(BUDGETS)) for one in (state, *found)])
-    gain = cost[:, :1] - cost[:, 1:]
-    order = sorted((place for place in range(len(found)) if holds(gain[:, place])), key=lambda it: -gain[:, it].mean())
-    short = [found[place] for place in order[:PROPOSED]]
+    gains = gains_of(asked.costs(first, [arranged(plan, one, min(BUDGETS)) for one in (state, *found)]))
+    short = [found[place] for place in sorted(gains, key=lambda place: -gains[place])[:PROPOSED]]
     if not short:
         return None
-    cost = _over_budgets(asked, second, plan, [state, *short])
-    gain = cost[:, :1] - cost[:, 1:]
-    kept = [place for place in range(len(short)) if holds(gain[:, place])]
-    return short[max(kept, key=lambda place: gain[:, place].mean())] if kept else None
+    gains = gains_of(_over_budgets(asked, second, plan, [state, *short]))
+    return short[max(gains, key=lambda place: gains[place])] if gains else None
 
 
 def _over_budgets(asked: _Asked, prompts: JointPrompts, plan: Plan, states: Sequence[State], **how: Any) -> np.ndarray:

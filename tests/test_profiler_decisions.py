@@ -15,7 +15,7 @@ from flowmm.models import LoadedModel, load_model
 from flowmm.plans import MethodParameters, Plan, unprofiled_plan
 from flowmm.plans.choices import LayerChoice
 from flowmm.profiler import decisions, load_calibration
-from flowmm.profiler.decisions import blocks, holds, measure_choices, measure_layers, proposals, with_choices
+from flowmm.profiler.decisions import blocks, gains_of, measure_choices, measure_layers, proposals, with_choices
 from flowmm.profiler.joint_budgets import Allocation
 from flowmm.profiler.joint_costs import Arrangement, JointPrompts
 
@@ -89,11 +89,12 @@ def test_blocks_cover_all_layers_in_order(layers: int, sizes: list[int]) -> None
     assert [layer for block in found for layer in block] == list(range(layers))
 
 
-def test_a_gain_holds_above_its_standard_error() -> None:
-    assert holds(np.array([1.0, 2.0, 3.0]))
-    assert not holds(np.array([-1.0, 0.0, 1.5]))
-    assert not holds(np.array([5.0])), "one prompt decides nothing"
-    assert not holds(np.zeros(4))
+def test_a_gain_holds_above_its_standard_error_and_a_twentieth_of_the_cost() -> None:
+    own = np.array([10.0, 11.0, 12.0])
+    steady, unsteady, little = own - np.array([2.0, 2.5, 3.0]), own - np.array([-9.0, 0.0, 11.0]), own - 0.4
+    assert gains_of(np.stack([own, steady, unsteady, little], 1)) == pytest.approx({0: 2.5})
+    assert gains_of(np.array([[5.0, 1.0]])) == {}, "one prompt decides nothing"
+    assert gains_of(np.zeros((4, 2))) == {}
 
 
 class Simulated:
@@ -134,11 +135,11 @@ def test_what_holds_on_both_halves_is_chosen_also_where_layers_must_change_toget
 
 def test_noise_alone_seldom_chooses(plan: Plan) -> None:
     chosen = [any(measure_choices(prompts, plan)) for prompts in _noises(40)]
-    assert sum(chosen) / len(chosen) <= 0.5, "a third of all plans: up to eight confirmations at one standard error"
+    assert sum(chosen) / len(chosen) <= 0.5
 
 
 def _noises(count: int) -> list[Any]:
-    return [Simulated(32, lambda _: 0.0, 0.1, seed) for seed in range(count)]
+    return [Simulated(32, lambda _: 0.0, 0.5, seed) for seed in range(count)]
 
 
 def test_one_prompt_chooses_nothing(model: LoadedModel, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
