@@ -156,12 +156,16 @@ def compress_layer(
         )
         if operation is not None:
             scores = selection_scores(view, method)
+            if shared is None:
+                _drop_what_selected(known, method)
             entries, assignment = operation(view, scores, value, forced, kept, counts, cross, proxies, method)
             return _completed(view, entries, counts, assignment, method, bias)
         pivots = known.once(
             ("pivots", counts, _parameters(method, _DECIDED | _AFTER_SELECTION)),
             lambda: select_pivots(selection_scores(view, method), forced, layout.valid, kept, max(counts)),
         )
+        if shared is None:
+            _drop_what_selected(known, method)
         assignment = known.once(
             ("assignment", counts, modes, _parameters(method, unused | _AFTER_MATCHING)),
             lambda: _assign(view, pivots, forced, counts, cross, proxies, method),
@@ -171,6 +175,13 @@ def compress_layer(
         return _completed(view, entries, counts, assignment, method, bias)
 
     return known.once(("compressed", counts, modes, _parameters(method, unused)), compress)
+
+
+def _drop_what_selected(known: Shared, method: MethodParameters) -> None:
+    """Free what only the selection of pivots needed, each as large as the keys of the layer."""
+    known.drop("distances")
+    if method.key_space == "post_rope":
+        known.drop("content")
 
 
 def _parameters(method: MethodParameters, unused: frozenset[str]) -> tuple[Any, ...]:

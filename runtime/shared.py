@@ -19,3 +19,8 @@ class Shared:
         if dependence not in self._found:
             self._found[dependence] = compute()
         return self._found[dependence]
+
+    def drop(self, *dependences: Hashable) -> None:
+        """Forget results, so that their memory is free."""
+        for dependence in dependences:
+            self._found.pop(dependence, None)
