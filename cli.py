@@ -393,10 +393,9 @@ def _warnings_as_notes() -> Generator[None]:
 @click.option(
     "--decide",
     type=click.Choice(["theta", "lift", "measured"]),
-    default="theta",
-    show_default=True,
     help="A layer is cross-modal if rho exceeds theta, or if it exceeds that of uniform attention. measured: by theta, "
-    "but a layer takes another mode, merge operator, min_sim or tau where that clearly changes the next token less.",
+    "but a layer takes another mode, selector, merge operator, min_sim or tau where that changes the next token less "
+    "on prompts that did not propose it.  [default: measured with --layer-budgets joint, else theta]",
 )
 @click.option(
     "--rho-kind",
@@ -451,7 +450,7 @@ def profile(
     limit: int | None,
     seed: int,
     theta: float | None,
-    decide: str,
+    decide: str | None,
     rho_kind: str | None,
     budget: float | int | None,
     preset: str | None,
@@ -477,6 +476,7 @@ def profile(
     import time
 
     layer_budgets = layer_budgets or ("uniform" if "-" in data else "measured")
+    decide = decide or ("measured" if layer_budgets == "joint" else "theta")
     if "-" in data and (decide == "measured" or layer_budgets not in ("uniform", "pyramid")):
         option = "--decide measured" if decide == "measured" else f"--layer-budgets {layer_budgets}"
         raise click.UsageError(f"{option} reads the prompts twice, and stdin can be read once")
