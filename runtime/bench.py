@@ -405,6 +405,9 @@ def _decode_in_turns(
         for step in range(settings.new_tokens + WARM_UP_TOKENS):
             for contestant in _rotated(contestants, step):
                 call = compiled if contestant.compiled and contestant.kind in FIXED_SHAPE else None
+                if call is not None:
+                    # What an earlier graph left may be overwritten; otherwise every order of graphs is recorded anew.
+                    torch.compiler.cudagraph_mark_step_begin()
                 _wait(model.device)
                 start, start_cpu = time.perf_counter(), time.process_time()
                 output = (call or model)(
