@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--plan", default="pocket", help="measured with --sensitivity-prompts of the same number")
     parser.add_argument("--prompts", type=int, default=32, help="of each set")
     parser.add_argument("--fresh", type=int, default=64, help="prompts that neither plan has seen")
+    parser.add_argument("--second", type=Path, help="where the second plan is kept: read if it is there")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--note", default="other processes were running on the machine")
     arguments = parser.parse_args()
@@ -84,17 +85,23 @@ def main() -> None:
     samples = load_calibration("pocket", limit=seen + arguments.fresh, seed=seed)
     budgets: Budgets | None = "joint" if plan.allocations else "measured" if plan.layers[0].curve else None
     start = time.process_time()
-    other = measure_layers(
-        model,
-        remeasured(plan),
-        samples[arguments.prompts : 2 * arguments.prompts],
-        budgets=budgets,
-        choices=plan.sensitivity.budgets is not None,
-        protocols=plan.sensitivity.protocols,
-    )
+    known = arguments.second is not None and arguments.second.exists()
+    if known:
+        other = Plan.load(arguments.second)
+    else:
+        other = measure_layers(
+            model,
+            remeasured(plan),
+            samples[arguments.prompts : 2 * arguments.prompts],
+            budgets=budgets,
+            choices=plan.sensitivity.budgets is not None,
+            protocols=plan.sensitivity.protocols,
+        )
+        if arguments.second is not None:
+            other.save(arguments.second)
     seconds = time.process_time() - start
     plans = [plan, other]
-    fresh = JointPrompts.read(model, plan, samples[seen:], protocols=plan.sensitivity.protocols)
+    fresh = JointPrompts.read(model, plan, samples[seen:], protocols=plan.sensitivity.protocols, hold=True)
     asked = [Arrangement.planned(each, total) for each in plans for total in TOTALS]
     shape = (len(fresh), len(plans), len(TOTALS))
     cost, divergence = fresh.costs(asked).reshape(shape), fresh.costs(asked, of=nats).reshape(shape)
@@ -104,7 +111,7 @@ def main() -> None:
         "plan": plan.short_id,
         "prompts_per_set": arguments.prompts,
         "fresh_prompts": len(fresh),
-        "cpu_seconds_of_second_set": round(seconds, 1),
+        "cpu_seconds_of_second_set": None if known else round(seconds, 1),
         "choices": [[str(layer.choice) if layer.choice else None for layer in each.layers] for each in plans],
         "totals": [described(plans, cost, divergence, index) for index in range(len(TOTALS))],
     }
