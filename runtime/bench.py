@@ -196,6 +196,28 @@ def bytes_per_token(model: Any) -> int:
     return layers + head.nbytes
 
 
+@torch.no_grad()
+def linear_layers(model: Any, bandwidth: Bandwidth, repeats: int = 9) -> dict[str, float]:
+    """What of a token no cache can save: the linear layers of text and output head alone, on one row.
+
+    Returns:
+        ``token_s``, the median, and ``roofline_ratio``, over reading their weights at the best bandwidth.
+    """
+    modules = [*model.get_decoder().modules(), model.get_output_embeddings()]
+    layers = [module for module in modules if isinstance(module, torch.nn.Linear)]
+    inputs = [layer.weight.new_ones(1, 1, layer.in_features) for layer in layers]
+    times = []
+    for _ in range(repeats):
+        bandwidth.read()
+        start = time.perf_counter()
+        for layer, row in zip(layers, inputs, strict=True):
+            layer(row)
+        _wait(model.device)
+        times.append(time.perf_counter() - start)
+    token = statistics.median(times)
+    return {"token_s": token, "roofline_ratio": token * bandwidth.best / sum(layer.weight.nbytes for layer in layers)}
+
+
 def entry_bytes(model: Any) -> int:
     """Bytes of one entry of one layer: a key and a value per KV head."""
     text = text_config(model.config)

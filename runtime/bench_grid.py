@@ -20,7 +20,16 @@ from flowmm.models import text_config
 from flowmm.models.random_weights import image_prompt
 from flowmm.plans import Plan
 from flowmm.plans.files import write_atomic
-from flowmm.runtime.bench import MIB, Bandwidth, Settings, bench, bytes_per_token, entry_bytes, environment
+from flowmm.runtime.bench import (
+    MIB,
+    Bandwidth,
+    Settings,
+    bench,
+    bytes_per_token,
+    entry_bytes,
+    environment,
+    linear_layers,
+)
 
 # Must agree for results of different days to stand in one file.
 SAME = ("machine", "device", "threads", "torch", "transformers", "flowmm")
@@ -113,6 +122,7 @@ def _described(model: Any, settings: Settings, bandwidth: Bandwidth, note: str) 
             "bytes_per_token": bytes_per_token(model),
         },
         "settings": _plain(asdict(settings)),
+        "linear_layers": _plain(linear_layers(model, bandwidth)),
         "bandwidth": bandwidth.describe(),
         "cells": [],
         "not_measured": [],
@@ -219,6 +229,10 @@ def table(result: dict[str, Any]) -> str:
     shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     read = result["bandwidth"]
     shown += ["", f"memory is read at {read['gb_s']} GB/s at best, {read['median_gb_s']} GB/s in the median"]
+    linear = result["linear_layers"]
+    shown += [
+        f"a token's linear layers alone: {linear['token_s'] * 1e3:.2f} ms, {linear['roofline_ratio']:.2f} x roofline"
+    ]
     shown += [
         f"not measured: {cell['tokens']} tokens x {cell['batch']}: {cell['reason']}" for cell in result["not_measured"]
     ]

@@ -66,6 +66,7 @@ def measured(directory: Path, out: Path, *words: str) -> subprocess.CompletedPro
     return subprocess.run([*script, *size, *words], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_library_is_measured_beside_flowmm(stub: Path, tmp_path: Path) -> None:
     out = tmp_path / "peers.json"
     ended = measured(stub, out, "--budget", "0.25", "--note", "a test")
@@ -86,20 +87,25 @@ def test_a_library_is_measured_beside_flowmm(stub: Path, tmp_path: Path) -> None
     assert result["versions"]["kvpress"]["transformers"] == transformers.__version__
 
 
-def test_a_library_that_is_not_there_is_said_so(stub: Path, tmp_path: Path) -> None:
-    ended = measured(stub, tmp_path / "peers.json", "--peer", "mllm-kvcompress")
-    assert ended.returncode == 1
-    assert "no environment for mllm-kvcompress; make it with build.py" in ended.stderr
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(str(PEERS))
+    return runpy.run_path(str(PEERS / "run.py"))
 
 
-def test_a_library_that_dies_shows_its_last_words(stub: Path, tmp_path: Path) -> None:
-    (tmp_path / "kvpress" / "bin").mkdir(parents=True)
-    python = tmp_path / "kvpress" / "bin" / "python"
+def test_a_library_that_is_not_there_is_said_so(script: dict[str, Any], stub: Path) -> None:
+    assert list(script["libraries_at"](stub, [])) == ["flowmm", "kvpress"]
+    with pytest.raises(SystemExit, match=r"no environment for mllm-kvcompress; make it with build\.py"):
+        script["libraries_at"](stub, ["mllm-kvcompress"])
+
+
+def test_a_library_that_dies_shows_its_last_words(script: dict[str, Any], tmp_path: Path) -> None:
+    python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho 'out of luck' >&2\n")
     python.chmod(0o755)
-    ended = measured(tmp_path, tmp_path / "peers.json")
-    assert ended.returncode == 1
-    assert "kvpress: its process ended\nout of luck" in ended.stderr
+    library = script["Library"]("kvpress", python, tmp_path, "cpu", 1)
+    with pytest.raises(SystemExit, match="kvpress: its process ended\nout of luck"):
+        library.ask()
 
 
 class TestBuild:

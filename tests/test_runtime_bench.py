@@ -28,6 +28,7 @@ from flowmm.runtime.bench import (
     bench,
     bytes_per_token,
     entry_bytes,
+    linear_layers,
 )
 from flowmm.runtime.peak_memory import PeakMemory
 
@@ -95,6 +96,14 @@ def test_the_roofline_counts_weights_and_cache(model: Any, rows: list[Row]) -> N
     for row in rows:
         assert row.roofline_s == pytest.approx((weights + row.prompt_bytes) / best)
         assert row.roofline_ratio == pytest.approx(row.token_s.median / row.roofline_s)
+
+
+def test_linear_layers_alone_are_timed_against_their_bytes(model: Any) -> None:
+    meter = Bandwidth(model.device, 8)
+    alone = linear_layers(model, meter, repeats=2)
+    head = model.get_output_embeddings().weight.nbytes
+    weights = sum(weight.nbytes for name, weight in model.get_decoder().named_parameters() if "proj.weight" in name)
+    assert alone["roofline_ratio"] == pytest.approx(alone["token_s"] * meter.best / (weights + head))
 
 
 def test_bandwidth_is_the_best_of_several_reads() -> None:
