@@ -149,6 +149,7 @@ def compress_layer(
             forced_slots=min(max(counts), method.n_sink + proxies.index.shape[1]),
             free=kept - forced.sum(-1),
             slots=max(counts),
+            row_slots=counts,
             layer=layer,
             scaling=scaling,
             reduce=method.gqa_reduce,
@@ -179,9 +180,7 @@ def compress_layer(
 
 def _drop_what_selected(known: Shared, method: MethodParameters) -> None:
     """Free what only the selection of pivots needed, each as large as the keys of the layer."""
-    known.drop("distances")
-    if method.key_space == "post_rope":
-        known.drop("content")
+    known.drop_all("distances", *(("content",) if method.key_space == "post_rope" else ()))
 
 
 def _parameters(method: MethodParameters, unused: frozenset[str]) -> tuple[Any, ...]:

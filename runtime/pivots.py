@@ -29,14 +29,26 @@ class Pivots:
 
 def entries_at(states: Tensor, index: Tensor) -> Tensor:
     """``[B, H, L, D]`` at `index` ``[B, H, N]`` long: ``[B, H, N, D]``; copies whole entries, unlike ``gather``."""
-    dim = states.shape[-1]
-    picked = states.reshape(-1, dim).index_select(0, flat_index(index, states.shape[2]).flatten())
-    return picked.view(*index.shape, dim)
+    heads, length, dim = states.shape[1:]
+    if not torch.compiler.is_compiling() and not states.is_contiguous() and states.transpose(1, 2).is_contiguous():
+        # As hosts lay them out, heads inside of tokens; bringing them into our order would copy everything.
+        flat = flat_index(index, length, heads)
+        states = states.transpose(1, 2)
+    else:
+        flat = flat_index(index, length)
+    return states.reshape(-1, dim).index_select(0, flat.flatten()).view(*index.shape, dim)
 
 
-def flat_index(index: Tensor, length: int) -> Tensor:
-    """`index` ``[B, H, N]`` into ``[B, H, length, D]`` as an index into the same tensor as ``[B * H * length, D]``."""
+def flat_index(index: Tensor, length: int, heads_inside: int = 0) -> Tensor:
+    """`index` ``[B, H, N]`` into ``[B, H, length, D]`` as an index into the same tensor as ``[B * H * length, D]``.
+
+    With `heads_inside`, into ``[B, length, H, D]`` of so many heads.
+    """
     batch, heads = index.shape[:2]
+    if heads_inside:
+        starts = torch.arange(batch * heads, device=index.device)
+        starts = starts % heads_inside + starts // heads_inside * (heads_inside * length)
+        return index * heads_inside + starts.view(batch, heads, 1)
     starts = torch.arange(0, batch * heads * length, length, device=index.device)
     return index + starts.view(batch, heads, 1)
 

@@ -11,6 +11,7 @@ from torch.nn.functional import avg_pool1d
 
 from flowmm.plans.method import MethodParameters, parse_selector
 from flowmm.runtime.importance import GqaReduce, column_mean
+from flowmm.runtime.pivots import entries_at
 from flowmm.runtime.prompt import PromptLayout
 from flowmm.runtime.rotary import Rotary
 from flowmm.runtime.shared import Shared
@@ -18,6 +19,10 @@ from flowmm.runtime.shared import Shared
 # Rounds of a k-center that is not told how many entries to pick at a time: enough to tell near-duplicates apart, few
 # enough that a prompt of tens of thousands of tokens waits for none of them.
 KCENTER_ROUNDS = 16
+# A k-center looks at every second, third, ... entry as long as that leaves so many, and so many for each it picks.
+# Prompts below twice the first number are looked at whole.
+KCENTER_CANDIDATES = 2048
+CANDIDATES_PER_PICK = 4
 # Products of centers and entries are taken in pieces that fit a core's cache.
 CENTERS_AT_A_TIME = 64
 PRODUCTS_AT_A_TIME = 2**18
@@ -36,6 +41,7 @@ class LayerView:
         forced: ``[B, Hkv, L]`` bool, entries kept in any case; at most `forced_slots` per head.
         free: ``[B]`` long, entries left to choose.
         slots: at least the largest number of entries left to choose in any row, on the host.
+        row_slots: the same of each row; empty: not known.
         layer: index, for seeds.
         scaling: softmax scale.
         reduce: query heads to KV head.
@@ -55,6 +61,7 @@ class LayerView:
     scaling: float
     reduce: GqaReduce
     shared: Shared = field(default_factory=Shared)
+    row_slots: tuple[int, ...] = ()
 
     @property
     def content(self) -> Tensor:
@@ -93,33 +100,47 @@ def column_mean_score(view: LayerView, rows: float | None) -> Tensor:
 def kcenter(view: LayerView, picks: float | None) -> Tensor:
     """Greedy k-center on content: the entries farthest from everything kept so far, `picks` at a time.
 
-    Without a number, as many at a time as make at most :data:`KCENTER_ROUNDS` rounds. Scores are minus the order of the
-    pick; an entry that was never picked has -inf.
+    Without a number, as many at a time as make at most :data:`KCENTER_ROUNDS` rounds. A long prompt offers evenly
+    spaced candidates instead of all entries, see :data:`KCENTER_CANDIDATES`. Scores are minus the order of the pick; an
+    entry that was never picked has -inf.
     """
-    entries, unit = view.shared.once("distances", lambda: _distances(view))
-    batch = min(int(picks or -(-view.slots // KCENTER_ROUNDS)), view.key.shape[2])
+    content, length = view.content, view.key.shape[2]
+    strides = _strides(view)
+    candidates, entries, unit = view.shared.once(("distances", strides), lambda: _distances(view, strides))
+    batch = min(int(picks or -(-view.slots // KCENTER_ROUNDS)), candidates.shape[2])
     rounds = -(-view.slots // batch) if picks else min(KCENTER_ROUNDS, view.slots)
     # Each row of a batch at its own pace, so that its neighbours change nothing.
     pace = torch.full_like(view.free, batch) if picks else (view.free / KCENTER_ROUNDS).ceil().clamp(min=1)
     taken = torch.arange(batch, device=entries.device) < pace[:, None, None]
-    # Minus infinity: not open, or picked.
-    distance = torch.where(view.open, float("inf"), float("-inf"))
+    # Minus infinity: not open, or picked; the slot behind the last entry stands for none.
+    open_entries = torch.nn.functional.pad(view.open, (0, 1)).gather(2, candidates)
+    distance = torch.where(open_entries, float("inf"), float("-inf"))
     forced, counted = _first_of(view.forced, view.forced_slots)
     for some, counts in zip(forced.split(CENTERS_AT_A_TIME, 2), counted.split(CENTERS_AT_A_TIME, 2), strict=True):
-        _come_nearer(distance, entries, some, counts)
+        _come_nearer(distance, entries, entries_at(content, some), counts)
     order = []
     for turn in range(rounds):
         farthest = _in_steps(distance, unit).topk(batch, dim=-1).indices
         away = distance.gather(2, farthest)
         picked = (away > float("-inf")) & taken
-        order.append(torch.where(picked, farthest, distance.shape[-1]))
+        places = candidates.gather(2, farthest)
+        order.append(torch.where(picked, places, length))
         if turn < rounds - 1:
             distance.scatter_(2, farthest, away.masked_fill_(picked, float("-inf")))
-            _come_nearer(distance, entries, farthest, picked)
+            _come_nearer(distance, entries, entries_at(content, places.clamp(max=length - 1)), picked)
     picks_in_order = torch.cat(order, dim=-1)
     ranks = -torch.arange(picks_in_order.shape[-1], device=entries.device, dtype=torch.float32)
-    never = torch.full((*distance.shape[:2], distance.shape[-1] + 1), float("-inf"), device=entries.device)
+    never = torch.full((*distance.shape[:2], length + 1), float("-inf"), device=entries.device)
     return never.scatter(2, picks_in_order, ranks.expand_as(picks_in_order))[..., :-1]
+
+
+def _strides(view: LayerView) -> tuple[int, ...]:
+    """How far apart the candidates of each row are."""
+    slots = view.row_slots or (view.slots,) * len(view.layout.lengths)
+    return tuple(
+        max(1, length // max(KCENTER_CANDIDATES, CANDIDATES_PER_PICK * count))
+        for length, count in zip(view.layout.lengths, slots, strict=True)
+    )
 
 
 def _first_of(mask: Tensor, slots: int) -> tuple[Tensor, Tensor]:
@@ -130,15 +151,29 @@ def _first_of(mask: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     return index, torch.arange(slots, device=mask.device) < mask.sum(-1, keepdim=True)
 
 
-def _distances(view: LayerView) -> tuple[Tensor, Tensor]:
-    """Entries ``[B, H, D + 2, L]``: their contents, squared norms and ones; and the unit of their distances."""
-    content = view.content
+def _distances(view: LayerView, strides: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Candidates and what their distances are computed from.
+
+    Returns:
+        positions ``[B, H, C]`` (L: an empty slot); ``[B, H, D + 2, C]``: contents, squared norms and ones; and the unit
+        of distances ``[B, H, 1]``.
+    """
+    content, layout = view.content, view.layout
     batch, heads, length, dim = content.shape
-    norms = content.square().sum(-1)
-    entries = content.new_ones(batch, heads, dim + 2, length)
-    entries[:, :, :dim].copy_(content.transpose(-1, -2))
+    if max(strides) == 1:
+        candidates = torch.arange(length, device=content.device).expand(batch, heads, length)
+        chosen, valid = content, layout.valid[:, None]
+    else:
+        apart = torch.tensor(strides, device=content.device)[:, None]
+        slots = max(-(-own // stride) for own, stride in zip(layout.lengths, strides, strict=True))
+        index, valid = _first_of((layout.valid & (layout.rank % apart == 0))[:, None], slots)
+        candidates = torch.where(valid, index, length).expand(batch, heads, slots)
+        chosen = entries_at(content, index.expand(batch, heads, slots))
+    norms = chosen.square().sum(-1)
+    entries = content.new_ones(batch, heads, dim + 2, chosen.shape[2])
+    entries[:, :, :dim].copy_(chosen.transpose(-1, -2))
     entries[:, :, dim].copy_(norms)
-    return entries, _distance_unit(norms.masked_fill_(~view.layout.valid[:, None], 0.0))
+    return candidates, entries, _distance_unit(norms.masked_fill_(~valid, 0.0))
 
 
 def _distance_unit(norms: Tensor) -> Tensor:
@@ -156,17 +191,15 @@ def _in_steps(distance: Tensor, unit: Tensor) -> Tensor:
     return steps.mul_(length).add_(torch.arange(length - 1, -1, -1, device=distance.device))
 
 
-def _come_nearer(distance: Tensor, entries: Tensor, index: Tensor, counted: Tensor) -> None:
-    """Lower `distance` ``[B, H, L]`` where one of the centers at `index` ``[B, H, C]`` that are `counted` is nearer."""
-    dim = entries.shape[2] - 2
-    columns = entries.gather(3, index[:, :, None].expand(-1, -1, dim + 2, -1))
+def _come_nearer(distance: Tensor, entries: Tensor, centers: Tensor, counted: Tensor) -> None:
+    """Lower `distance` ``[B, H, C]`` of `entries` to the nearest of `centers` ``[B, H, n, D]`` that are `counted`."""
+    norms = centers.square().sum(-1, keepdim=True)
     # (-2c, 1, |c|^2) . (x, |x|^2, 1); the last one stands alone, so a center that does not count is infinitely far.
-    centers = torch.cat([columns[:, :, :dim] * -2, columns[:, :, dim + 1 :], columns[:, :, dim : dim + 1]], dim=2)
-    centers[:, :, -1].masked_fill_(~counted, float("inf"))
-    centers = centers.transpose(-1, -2)
-    width = max(256, PRODUCTS_AT_A_TIME // centers[..., 0].numel())
+    norms = norms.masked_fill_(~counted[..., None], float("inf"))
+    factors = torch.cat([centers * -2, torch.ones_like(norms), norms], dim=-1)
+    width = max(256, PRODUCTS_AT_A_TIME // factors[..., 0].numel())
     for near, some in zip(distance.split(width, 2), entries.split(width, 3), strict=True):
-        torch.minimum(near, (centers @ some).amin(2), out=near)
+        torch.minimum(near, (factors @ some).amin(2), out=near)
 
 
 def _squared_distance(left: Tensor, right: Tensor) -> Tensor:
@@ -254,6 +287,7 @@ def _one_after_the_other(view: LayerView, first: Tensor, name: str, number: floa
         forced_slots=view.forced_slots + slots,
         free=view.free - count,
         slots=view.slots - slots,
+        row_slots=tuple(count - int(count * share) for count in view.row_slots),
     )
     rank = _ranks(SELECTORS[name](rest, number), rest.open).float()
     return torch.where(chosen, float(first.shape[-1]), -rank)

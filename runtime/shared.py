@@ -20,7 +20,8 @@ class Shared:
             self._found[dependence] = compute()
         return self._found[dependence]
 
-    def drop(self, *dependences: Hashable) -> None:
-        """Forget results, so that their memory is free."""
-        for dependence in dependences:
-            self._found.pop(dependence, None)
+    def drop_all(self, *names: str) -> None:
+        """Forget the results of these names, with whatever else they depend on, so that their memory is free."""
+        for dependence in list(self._found):
+            if (dependence[0] if isinstance(dependence, tuple) else dependence) in names:
+                del self._found[dependence]

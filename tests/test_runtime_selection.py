@@ -12,6 +12,7 @@ from tiny import tiny_inputs, tiny_model
 import flowmm
 from flowmm.models import fingerprint_model
 from flowmm.plans import MethodParameters, unprofiled_plan
+from flowmm.runtime import selection
 from flowmm.runtime.compression import compress_layer
 from flowmm.runtime.importance import column_mean
 from flowmm.runtime.prompt import PromptLayout, find_proxies
@@ -114,6 +115,25 @@ def test_kcenter_is_greedy_farthest_first() -> None:
             gap = torch.cdist(content[head], content[head][centers]).amin(-1)
             centers.append(int(gap.argmax()))
         assert kept[0, head].tolist() == sorted(centers)
+
+
+def test_a_long_prompt_offers_spaced_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = MethodParameters(selector="kcenter:1", keep_proxies=False, n_sink=1)
+    whole = positions(method, 5, a_layer(3, 40), rotary_of(40))
+    assert bool((whole[..., 1:] % 2).any())
+    monkeypatch.setattr(selection, "KCENTER_CANDIDATES", 16)
+    spaced = positions(method, 5, a_layer(3, 40), rotary_of(40))
+    assert not bool((spaced % 2).any())
+    # Twenty candidates would not do for eight picks: all are looked at again.
+    monkeypatch.setattr(selection, "CANDIDATES_PER_PICK", 8)
+    assert positions(method, 5, a_layer(3, 40), rotary_of(40)).equal(whole)
+
+
+@pytest.mark.parametrize("selector", ["kcenter", "proxy+kcenter"])
+def test_spaced_candidates_ignore_padding(selector: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "KCENTER_CANDIDATES", 8)
+    monkeypatch.setattr(selection, "CANDIDATES_PER_PICK", 1)
+    test_selectors_ignore_padding(selector, {})
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
