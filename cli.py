@@ -436,7 +436,7 @@ def _warnings_as_notes() -> Generator[None]:
 )
 @click.option("--sample-rows", type=click.IntRange(min=2), help="Also record rho from so many rows per modality.")
 @click.option("--dry-run", is_flag=True, help="Say what this would cost, from a few prompts, and write nothing.")
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Use prompts measured by an earlier run.")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Use what a stopped run has measured.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing plan file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
@@ -526,11 +526,13 @@ def profile(
         )
     if not first:
         return
+    journal = _layers_journal(records, plan, protocol, sensitivity_prompts, resume)
     plan = _with_measured_layers(
-        loaded, plan, samples, layer_budgets, decide == "measured", protocol, sensitivity_prompts, quiet
+        loaded, plan, samples, layer_budgets, decide == "measured", protocol, sensitivity_prompts, quiet, journal
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     plan.save(out)
+    journal.discard()
     seconds = round(time.monotonic() - start, 3)
     count = plan.calibration.n_samples if plan.calibration else 0
     if as_json:
@@ -548,8 +550,27 @@ def _protocols(protocol: str) -> tuple[str, ...]:
     return MIXED if protocol == "mixed" else (protocol,)
 
 
+def _layers_journal(records: Path, plan: Any, protocol: str, limit: int, resume: bool) -> Any:
+    """What an earlier run that was killed left beside the records about the layers of the same plan."""
+    from flowmm.profiler.journal import Journal, key_of
+
+    path = records.with_name(records.name + ".layers")
+    if not resume:
+        path.unlink(missing_ok=True)
+    timeless = plan.as_json() | {"created_at": None}
+    return Journal(path, {"plan": key_of(timeless), "protocol": protocol, "prompts": str(limit)})
+
+
 def _with_measured_layers(
-    loaded: Any, plan: Any, samples: Any, rule: Any, choices: bool, protocol: str, limit: int, quiet: bool
+    loaded: Any,
+    plan: Any,
+    samples: Any,
+    rule: Any,
+    choices: bool,
+    protocol: str,
+    limit: int,
+    quiet: bool,
+    journal: Any,
 ) -> Any:
     """`plan` with its budget split among the layers by `rule`, and with the layers' own choices if asked for."""
     from contextlib import ExitStack
@@ -582,6 +603,7 @@ def _with_measured_layers(
             limit=limit,
             protocols=_protocols(protocol),
             progress=progress,
+            journal=journal,
         )
 
 

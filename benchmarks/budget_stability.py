@@ -22,7 +22,7 @@ from flowmm.models import load_model
 from flowmm.plans import Plan, resolve_plan
 from flowmm.profiler import load_calibration
 from flowmm.profiler.decisions import Budgets, measure_layers
-from flowmm.profiler.joint_costs import Arrangement, JointPrompts, nats
+from flowmm.profiler.joint_costs import Arrangement, JointPrompts
 from flowmm.runtime.bench import environment
 
 RESULT = Path(__file__).with_name("results") / "budget_stability.json"
@@ -104,7 +104,7 @@ def main() -> None:
     fresh = JointPrompts.read(model, plan, samples[seen:], protocols=plan.sensitivity.protocols, hold=True)
     asked = [Arrangement.planned(each, total) for each in plans for total in TOTALS]
     shape = (len(fresh), len(plans), len(TOTALS))
-    cost, divergence = fresh.costs(asked).reshape(shape), fresh.costs(asked, of=nats).reshape(shape)
+    cost, divergence = fresh.costs(asked).reshape(shape), fresh.costs(asked, of="nats").reshape(shape)
     result = {
         "environment": environment(arguments.note),
         "model": {"source": model.source, "weights_sha256": model.fingerprint().weights_sha256},

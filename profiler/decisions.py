@@ -23,7 +23,8 @@ from flowmm.plans import LayerPlan, MethodParameters, Plan, SensitivityFingerpri
 from flowmm.plans.choices import LayerChoice
 from flowmm.plans.method import parse_selector
 from flowmm.profiler.joint_budgets import measure_allocations, with_allocations
-from flowmm.profiler.joint_costs import Arrangement, JointPrompts, nats
+from flowmm.profiler.joint_costs import Arrangement, JointPrompts
+from flowmm.profiler.journal import Journal
 from flowmm.profiler.profiling import Progress
 from flowmm.profiler.samples import Sample
 from flowmm.profiler.sensitivity import MIXED, measure_sensitivity, with_measured_budgets
@@ -199,7 +200,7 @@ def _worthwhile(asked: _Asked, prompts: JointPrompts, plan: Plan, state: State) 
         for layer, changes in enumerate(state)
     )
     chosen = [layer for layer, changes in enumerate(state) if changes]
-    divergence = _over_budgets(asked, prompts, plan, [state, *map(without, chosen)], of=nats).mean(0)
+    divergence = _over_budgets(asked, prompts, plan, [state, *map(without, chosen)], of="nats").mean(0)
     costs = {layer: (float(divergence[1 + place]), float(divergence[0])) for place, layer in enumerate(chosen)}
     return tuple(LayerChoice(**changes, cost=costs[layer]) if changes else None for layer, changes in enumerate(state))
 
@@ -224,6 +225,7 @@ def measure_layers(
     limit: int | None = None,
     protocols: Sequence[str] = MIXED,
     progress: Callable[[str, str], Progress | None] = lambda _, __: None,
+    journal: Journal | None = None,
 ) -> Plan:
     """`plan` with what calibration prompts say about its layers.
 
@@ -233,12 +235,13 @@ def measure_layers(
         choices: measure proposals, and store those that hold. Budgets are then measured once more: joint ones first
             on half of the prompts to choose by, the curves of layers with a choice.
         progress: asked once for each measurement, with what is done and in which unit, for the progress of it.
+        journal: of the same model, plan, prompts and protocols; what it knows is not measured again.
         model, samples, limit, protocols: as of :func:`flowmm.profiler.sensitivity.measure_sensitivity`.
 
     Raises:
         InputError: an unknown protocol, or no prompt that fits any of the protocols.
     """
-    how: dict[str, Any] = {"limit": limit, "protocols": protocols}
+    how: dict[str, Any] = {"limit": limit, "protocols": protocols, "journal": journal or Journal()}
     curves = None
     if budgets == "measured":
         curves = measure_sensitivity(model, plan, samples, progress=progress("measured layers on", "prompts"), **how)

@@ -6,9 +6,10 @@ choices that are to hold together are therefore measured together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
@@ -16,15 +17,13 @@ from torch import Tensor
 from flowmm.errors import InputError
 from flowmm.models import LoadedModel
 from flowmm.plans import MethodParameters, Mode, Plan
+from flowmm.profiler.journal import Journal, key_of
 from flowmm.profiler.profiling import Progress
 from flowmm.profiler.samples import CalibrationSample, Sample
 from flowmm.profiler.sensitivity import MIXED, PROTOCOLS, ROWS_PER_BATCH, Reading, check_protocols
 from flowmm.runtime.budgets import entry_budget
 from flowmm.runtime.cache import CompressionSettings
 from flowmm.runtime.replay import Trial, build_trial, reading_caches
-
-Measure = Callable[[Tensor], Tensor]
-"""From a token's KL(full || compressed) in nats to what it costs."""
 
 
 def shift_bound(divergence: Tensor) -> Tensor:
@@ -39,6 +38,13 @@ def shift_bound(divergence: Tensor) -> Tensor:
 def nats(divergence: Tensor) -> Tensor:
     """KL itself."""
     return divergence
+
+
+MEASURES: dict[str, Callable[[Tensor], Tensor]] = {"shift_bound": shift_bound, "nats": nats}
+"""From a token's KL(full || compressed) in nats to what it costs."""
+
+
+Measure = Literal["shift_bound", "nats"]
 
 
 @dataclass(frozen=True)
@@ -71,14 +77,16 @@ class JointPrompts:
 
     Attributes:
         model, plan: the plan gives the modes of ``online`` layers on each prompt.
-        trials: per prompt, one for each protocol that it fits.
-        held: prefilled readings in place of the trials; ``None``: every call of :meth:`costs` prefills again.
+        trials: per prompt, one for each protocol that it fits, by the prompt's place among all.
+        held: readings by place, once they were prefilled; ``None``: every call of :meth:`costs` prefills again.
+        journal: what was measured before is not measured again.
     """
 
     model: LoadedModel
     plan: Plan
-    trials: tuple[tuple[Trial, ...], ...]
-    held: tuple[tuple[Reading, ...], ...] | None = None
+    trials: dict[int, tuple[Trial, ...]]
+    held: dict[int, tuple[Reading, ...]] | None = None
+    journal: Journal = field(default_factory=Journal)
 
     @classmethod
     def read(
@@ -90,11 +98,13 @@ class JointPrompts:
         limit: int | None = None,
         protocols: Sequence[str] = MIXED,
         hold: bool = False,
+        journal: Journal | None = None,
     ) -> JointPrompts:
         """Args as of :func:`flowmm.profiler.sensitivity.measure_sensitivity`.
 
         Args:
             hold: keep all prompts' queries, keys and values in memory, which saves a prefill per prompt and question.
+            journal: of the same model, plan, prompts and protocols.
 
         Raises:
             InputError: an unknown protocol, or no prompt that fits any of the protocols.
@@ -103,54 +113,72 @@ class JointPrompts:
         readable = (sample for sample in samples if isinstance(sample, CalibrationSample))
         chats = [[PROTOCOLS[name](sample.messages) for name in protocols] for sample in islice(readable, limit)]
         trials = [tuple(build_trial(model, chat) for chat in of if chat is not None) for of in chats]
-        prompts = cls(model, plan, tuple(of for of in trials if of))
-        if not prompts.trials:
+        fitting = {place: of for place, of in enumerate(trials) if of}
+        if not fitting:
             raise InputError(
                 f"no calibration prompt fits {' or '.join(protocols)}: 'blind' needs prompts whose last turn ends with "
                 "a text behind other parts"
             )
-        return replace(prompts, held=tuple(tuple(of) for of in prompts._readings())) if hold else prompts
+        return cls(model, plan, fitting, {} if hold else None, journal or Journal())
 
     def __len__(self) -> int:
         return len(self.trials)
 
     def every(self, step: int, start: int) -> JointPrompts:
         """Each `step`-th prompt from `start` on; all where that would be none."""
-        part = slice(start, None, step) if start < len(self) else slice(None)
-        return replace(self, trials=self.trials[part], held=None if self.held is None else self.held[part])
+        part = list(self.trials)[start::step] or list(self.trials)
+        return replace(self, trials={place: self.trials[place] for place in part})
 
-    def _readings(self) -> Iterator[Sequence[Reading]]:
+    def _readings(self, place: int) -> tuple[Reading, ...]:
+        if self.held is not None and place in self.held:
+            return self.held[place]
+        readings = tuple(Reading.of(self.model, self.plan, trial) for trial in self.trials[place])
         if self.held is not None:
-            yield from self.held
-            return
-        for trials in self.trials:
-            yield [Reading.of(self.model, self.plan, trial) for trial in trials]
+            self.held[place] = readings
+        return readings
 
     def costs(
         self,
         arrangements: Sequence[Arrangement],
         *,
-        of: Measure = shift_bound,
+        of: Measure = "shift_bound",
         forget: bool = True,
         progress: Progress | None = None,
     ) -> np.ndarray:
         """``[prompts, arrangements]`` fp64: mean over answer tokens and protocols.
 
         Args:
-            of: what a token costs.
+            of: what a token costs, see :data:`MEASURES`.
             forget: free what compressions of a prompt have in common before the next prompt.
             progress: called with (finished prompts, prompts).
         """
-        costs = []
+        costs, asked = [], _question(arrangements, of)
+        for done, place in enumerate(self.trials, start=1):
+            known = self.journal.get(f"{place} {asked}")
+            if known is None:
+                known = self._costs_of(place, arrangements, of, forget)
+                self.journal.put(f"{place} {asked}", known)
+            costs.append(known)
+            if progress is not None:
+                progress(done, len(self))
+        return np.array(costs)
+
+    def _costs_of(self, place: int, arrangements: Sequence[Arrangement], of: Measure, forget: bool) -> list[float]:
+        readings = self._readings(place)
         with reading_caches(self.model.model):
-            for done, readings in enumerate(self._readings(), start=1):
-                costs.append(np.mean([_costs(reading, arrangements, of) for reading in readings], axis=0))
-                if forget:
-                    for reading in readings:
-                        reading.prefilled.forget_shared()
-                if progress is not None:
-                    progress(done, len(self))
-        return np.stack(costs)
+            costs = np.mean([_costs(reading, arrangements, of) for reading in readings], axis=0)
+        if forget:
+            for reading in readings:
+                reading.prefilled.forget_shared()
+        return costs.tolist()
+
+
+def _question(arrangements: Sequence[Arrangement], of: Measure) -> str:
+    parts = [
+        [[method.model_dump(mode="json") for method in one.methods], one.modes, [float(ratio) for ratio in one.ratios]]
+        for one in arrangements
+    ]
+    return key_of([of, parts])
 
 
 def _costs(reading: Reading, arrangements: Sequence[Arrangement], of: Measure) -> np.ndarray:
@@ -159,5 +187,5 @@ def _costs(reading: Reading, arrangements: Sequence[Arrangement], of: Measure) -
     for start in range(0, len(arrangements), ROWS_PER_BATCH):
         batch = arrangements[start : start + ROWS_PER_BATCH]
         made = [reading.cache(arrangement.settings(reading.modes)) for arrangement in batch]
-        found.append(of(reading.divergence(made)).mean(-1).double().cpu().numpy())
+        found.append(MEASURES[of](reading.divergence(made)).mean(-1).double().cpu().numpy())
     return np.concatenate(found)

@@ -19,6 +19,7 @@ from flowmm.errors import InputError
 from flowmm.models import LoadedModel
 from flowmm.plans import LayerPlan, MethodParameters, Mode, Plan, SensitivityFingerprint
 from flowmm.plans.allocation import allocate
+from flowmm.profiler.journal import Journal, key_of
 from flowmm.profiler.profiling import Progress
 from flowmm.profiler.samples import CalibrationSample, Sample
 from flowmm.runtime.budgets import entry_budget
@@ -167,6 +168,7 @@ def measure_sensitivity(
     ratios: Sequence[float] = RATIOS,
     layers: Sequence[int] | None = None,
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> Sensitivity:
     """Measure every layer's curve on calibration prompts.
 
@@ -179,6 +181,7 @@ def measure_sensitivity(
         ratios: entries kept in the one compressed layer.
         layers: measure these alone; ``None``: all.
         progress: called with (finished prompts, `limit`).
+        journal: of the same model, plan, prompts and protocols; what it knows is not measured again.
 
     Raises:
         InputError: an unknown protocol, or no prompt that fits any of the protocols.
@@ -187,7 +190,8 @@ def measure_sensitivity(
     modes, methods = plan.layer_modes(plan.method), plan.layer_methods(plan.method)
     layers = range(len(modes)) if layers is None else layers
     variants = [Variant(layer, ratio, methods[layer], modes[layer]) for layer in layers for ratio in ratios]
-    costs = measure_costs(model, plan, samples, variants, limit=limit, protocols=protocols, progress=progress)
+    how: dict[str, Any] = {"limit": limit, "protocols": protocols, "progress": progress, "journal": journal}
+    costs = measure_costs(model, plan, samples, variants, **how)
     return Sensitivity(ratios, costs.reshape(len(costs), len(layers), len(ratios)))
 
 
@@ -200,6 +204,7 @@ def measure_costs(
     limit: int | None = None,
     protocols: Sequence[str] = MIXED,
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> np.ndarray:
     """``[prompts, variants]`` fp64: next-token KL against the full cache in nats, mean over tokens and protocols.
 
@@ -207,13 +212,17 @@ def measure_costs(
     that costs of several calls can be compared prompt by prompt.
     """
     check_protocols(protocols)
-    costs = []
+    costs, journal, asked = [], journal or Journal(), _question(variants)
     readable = (sample for sample in samples if isinstance(sample, CalibrationSample))
     for done, sample in enumerate(islice(readable, limit), start=1):
-        chats = [PROTOCOLS[name](sample.messages) for name in protocols]
-        rows = [_prompt_costs(model, plan, build_trial(model, chat), variants) for chat in chats if chat is not None]
-        if rows:
-            costs.append(np.mean(rows, axis=0))
+        fitting = [chat for name in protocols if (chat := PROTOCOLS[name](sample.messages)) is not None]
+        known = journal.get(f"{done} {asked}")
+        if known is None and fitting:
+            rows = [_prompt_costs(model, plan, build_trial(model, chat), variants) for chat in fitting]
+            known = np.mean(rows, axis=0).tolist()
+            journal.put(f"{done} {asked}", known)
+        if known is not None:
+            costs.append(known)
         if progress is not None:
             progress(done, limit)
     if not costs:
@@ -221,7 +230,11 @@ def measure_costs(
             f"no calibration prompt fits {' or '.join(protocols)}: 'blind' needs prompts whose last turn ends with a "
             "text behind other parts"
         )
-    return np.stack(costs)
+    return np.array(costs)
+
+
+def _question(variants: Sequence[Variant]) -> str:
+    return key_of([[one.layer, one.ratio, one.method.model_dump(mode="json"), one.mode] for one in variants])
 
 
 def _prompt_costs(model: LoadedModel, plan: Plan, trial: Trial, variants: Sequence[Variant]) -> np.ndarray:

@@ -14,10 +14,20 @@ from flowmm.cli import main
 from flowmm.models import LoadedModel, load_model
 from flowmm.plans import MethodParameters, Plan, unprofiled_plan
 from flowmm.plans.choices import LayerChoice
-from flowmm.profiler import decisions, load_calibration
-from flowmm.profiler.decisions import blocks, gains_of, measure_choices, measure_layers, proposals, with_choices
+from flowmm.profiler import decisions, joint_budgets, load_calibration
+from flowmm.profiler.decisions import (
+    Budgets,
+    blocks,
+    gains_of,
+    measure_choices,
+    measure_layers,
+    proposals,
+    with_choices,
+)
 from flowmm.profiler.joint_budgets import Allocation
 from flowmm.profiler.joint_costs import Arrangement, JointPrompts
+from flowmm.profiler.journal import Journal
+from flowmm.profiler.sensitivity import Reading
 
 METHOD = MethodParameters()
 
@@ -185,6 +195,46 @@ def test_joint_budgets_are_measured_again_with_the_choices(
     assert decided.allocations is not None
     assert decided.sensitivity is not None
     assert (decided.sensitivity.n_samples, decided.sensitivity.budgets) == (2, decisions.BUDGETS)
+
+
+@pytest.mark.parametrize("budgets", ["measured", "joint"])
+def test_what_was_measured_before_a_kill_is_not_measured_again(
+    model: LoadedModel, plan: Plan, budgets: Budgets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few_proposals(monkeypatch)
+    monkeypatch.setattr(joint_budgets, "LEVELS", (1.0, 0.3, 0.1))
+    samples = load_calibration("pocket", limit=2)
+    compressions: list[int] = []
+    divergence = Reading.divergence
+    monkeypatch.setattr(
+        Reading, "divergence", lambda self, caches: compressions.append(len(caches)) or divergence(self, caches)
+    )
+
+    def measured(journal: Journal | None) -> tuple[Plan, int]:
+        compressions.clear()
+        how: dict[str, Any] = {"budgets": budgets, "choices": True, "protocols": ("blind",), "journal": journal}
+        return measure_layers(model, plan, samples, **how), len(compressions)
+
+    whole, cost = measured(None)
+    path, asked = tmp_path / "layers.jsonl", {"model": "m"}
+    left, rest = cost // 2, 0
+
+    def killed(self: Reading, caches: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return divergence(self, caches)
+
+    with monkeypatch.context() as during:
+        during.setattr(Reading, "divergence", killed)
+        with pytest.raises(KeyboardInterrupt):
+            measured(Journal(path, asked))
+    resumed, rest = measured(Journal(path, asked))
+    assert resumed.dumps() == whole.dumps()
+    # Lost is what one question to one prompt costs; what is asked twice is measured once.
+    assert 0 < rest < cost * 0.8
+    assert measured(Journal(path, asked))[1] == 0
 
 
 def decisions_allocation(ratio: float, layers: int) -> Allocation:
