@@ -37,7 +37,8 @@ PARTS = {
     "long": Part(((8192, 1),), Settings(OURS, (0.2, 1.0), rounds=3, new_tokens=48)),
     "batch": Part(((1024, 4), (1024, 16), (4096, 4)), Settings(OURS, (0.2,), rounds=2, new_tokens=24)),
     "compiled": Part(
-        ((4096, 1),), Settings(("static", "flowmm-static"), (0.2,), rounds=3, new_tokens=48, compiled=True)
+        ((4096, 1), (8192, 1)),
+        Settings(("static", "flowmm-static"), (0.2,), rounds=3, new_tokens=48, compiled=True),
     ),
     "methods": Part(((4096, 1),), Settings(OURS, (0.2,), ("paper", "robust", "evict"), rounds=3, new_tokens=24)),
     "longest": Part(((16384, 1), (32768, 1)), Settings(OURS, (0.2,), rounds=1, new_tokens=24)),
