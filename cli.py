@@ -493,7 +493,7 @@ def profile(
     from flowmm.profiler.calibration import calibration_name
     from flowmm.profiler.kernel_caches import bound_kernel_caches
     from flowmm.profiler.progress import shown_progress
-    from flowmm.profiler.ranks import is_first_rank, rank_device, refuse_shared_stdin
+    from flowmm.profiler.ranks import is_first_rank, joined_ranks, rank_device, refuse_shared_stdin
 
     refuse_shared_stdin(data)
     bound_kernel_caches()
@@ -509,27 +509,37 @@ def profile(
         _show_forecast(loaded, samples, measurements, as_json)
         return
     records = records or out.with_suffix(".records.parquet")
-    with shown_progress(quiet or not first) as progress:
-        plan = measure(
+    with joined_ranks() as ranks:
+        with shown_progress(quiet or not first) as progress:
+            plan = measure(
+                loaded,
+                samples,
+                source=calibration_name(data),
+                method=method,
+                seed=seed,
+                records=records,
+                resume=resume,
+                max_bad=max_bad,
+                until_ci=until_ci,
+                sampled_rows=sample_rows,
+                progress=progress,
+                on_skip=lambda sample: _note(f"skipped {sample.name}: {sample.reason}"),
+            )
+        journal = _layers_journal(records if first else None, plan, protocol, sensitivity_prompts, resume)
+        plan = _with_measured_layers(
             loaded,
+            plan,
             samples,
-            source=calibration_name(data),
-            method=method,
-            seed=seed,
-            records=records,
-            resume=resume,
-            max_bad=max_bad,
-            until_ci=until_ci,
-            sampled_rows=sample_rows,
-            progress=progress,
-            on_skip=lambda sample: _note(f"skipped {sample.name}: {sample.reason}"),
+            layer_budgets,
+            decide == "measured",
+            protocol,
+            sensitivity_prompts,
+            quiet or not first,
+            journal,
+            ranks,
         )
     if not first:
         return
-    journal = _layers_journal(records, plan, protocol, sensitivity_prompts, resume)
-    plan = _with_measured_layers(
-        loaded, plan, samples, layer_budgets, decide == "measured", protocol, sensitivity_prompts, quiet, journal
-    )
     out.parent.mkdir(parents=True, exist_ok=True)
     plan.save(out)
     journal.discard()
@@ -550,10 +560,12 @@ def _protocols(protocol: str) -> tuple[str, ...]:
     return MIXED if protocol == "mixed" else (protocol,)
 
 
-def _layers_journal(records: Path, plan: Any, protocol: str, limit: int, resume: bool) -> Any:
+def _layers_journal(records: Path | None, plan: Any, protocol: str, limit: int, resume: bool) -> Any:
     """What an earlier run that was killed left beside the records about the layers of the same plan."""
     from flowmm.profiler.journal import Journal, key_of
 
+    if records is None:
+        return Journal()
     path = records.with_name(records.name + ".layers")
     if not resume:
         path.unlink(missing_ok=True)
@@ -571,6 +583,7 @@ def _with_measured_layers(
     limit: int,
     quiet: bool,
     journal: Any,
+    ranks: Any,
 ) -> Any:
     """`plan` with its budget split among the layers by `rule`, and with the layers' own choices if asked for."""
     from contextlib import ExitStack
@@ -604,6 +617,7 @@ def _with_measured_layers(
             protocols=_protocols(protocol),
             progress=progress,
             journal=journal,
+            ranks=ranks,
         )
 
 

@@ -26,6 +26,7 @@ from flowmm.profiler.joint_budgets import measure_allocations, with_allocations
 from flowmm.profiler.joint_costs import Arrangement, JointPrompts
 from flowmm.profiler.journal import Journal
 from flowmm.profiler.profiling import Progress
+from flowmm.profiler.ranks import Ranks
 from flowmm.profiler.samples import Sample
 from flowmm.profiler.sensitivity import MIXED, measure_sensitivity, with_measured_budgets
 
@@ -48,6 +49,9 @@ ROUNDS = 3
 PROPOSED = 8
 # Of the present cost.
 LEAST_SHARE = 0.05
+# A path asks its prompts hundreds of times, and hangs less on each than a choice does: at most so many.
+PATH_PROMPTS = 32
+FIRST_PATH_PROMPTS = 16
 
 Changes = dict[str, Any]
 """Fields of a :class:`LayerChoice`."""
@@ -226,6 +230,7 @@ def measure_layers(
     protocols: Sequence[str] = MIXED,
     progress: Callable[[str, str], Progress | None] = lambda _, __: None,
     journal: Journal | None = None,
+    ranks: Ranks | None = None,
 ) -> Plan:
     """`plan` with what calibration prompts say about its layers.
 
@@ -236,12 +241,13 @@ def measure_layers(
             on half of the prompts to choose by, the curves of layers with a choice.
         progress: asked once for each measurement, with what is done and in which unit, for the progress of it.
         journal: of the same model, plan, prompts and protocols; what it knows is not measured again.
+        ranks: processes that share the prompts, each calling this; all return the same plan.
         model, samples, limit, protocols: as of :func:`flowmm.profiler.sensitivity.measure_sensitivity`.
 
     Raises:
         InputError: an unknown protocol, or no prompt that fits any of the protocols.
     """
-    how: dict[str, Any] = {"limit": limit, "protocols": protocols, "journal": journal or Journal()}
+    how: dict[str, Any] = {"limit": limit, "protocols": protocols, "journal": journal, "ranks": ranks}
     curves = None
     if budgets == "measured":
         curves = measure_sensitivity(model, plan, samples, progress=progress("measured layers on", "prompts"), **how)
@@ -252,7 +258,8 @@ def measure_layers(
     if choices:
         start = plan
         if budgets == "joint":
-            path = measure_allocations(prompts.every(2, 0), plan, progress=progress("cut layers at first by", "levels"))
+            few = prompts.every(2, 0).at_most(FIRST_PATH_PROMPTS)
+            path = measure_allocations(few, plan, progress=progress("cut layers at first by", "levels"))
             start = with_allocations(plan, path, protocols, len(prompts))
         found = measure_choices(prompts, start, progress=progress("compared choices on", "prompts"))
         plan = with_choices(plan, found, protocols, len(prompts))
@@ -263,6 +270,7 @@ def measure_layers(
             )
             plan = with_measured_budgets(plan, curves.with_layers(changed, again), protocols)
     if budgets == "joint":
-        path = measure_allocations(prompts, plan, progress=progress("cut layers by", "levels"))
+        few = prompts.at_most(PATH_PROMPTS)
+        path = measure_allocations(few, plan, progress=progress("cut layers by", "levels"))
         plan = with_allocations(plan, path, protocols, len(prompts))
     return plan

@@ -17,8 +17,9 @@ from torch import Tensor
 from flowmm.errors import InputError
 from flowmm.models import LoadedModel
 from flowmm.plans import MethodParameters, Mode, Plan
-from flowmm.profiler.journal import Journal, key_of
+from flowmm.profiler.journal import Journal, answered, key_of
 from flowmm.profiler.profiling import Progress
+from flowmm.profiler.ranks import Ranks
 from flowmm.profiler.samples import CalibrationSample, Sample
 from flowmm.profiler.sensitivity import MIXED, PROTOCOLS, ROWS_PER_BATCH, Reading, check_protocols
 from flowmm.runtime.budgets import entry_budget
@@ -80,6 +81,7 @@ class JointPrompts:
         trials: per prompt, one for each protocol that it fits, by the prompt's place among all.
         held: readings by place, once they were prefilled; ``None``: every call of :meth:`costs` prefills again.
         journal: what was measured before is not measured again.
+        ranks: processes that share the prompts; all of them ask the same.
     """
 
     model: LoadedModel
@@ -87,6 +89,7 @@ class JointPrompts:
     trials: dict[int, tuple[Trial, ...]]
     held: dict[int, tuple[Reading, ...]] | None = None
     journal: Journal = field(default_factory=Journal)
+    ranks: Ranks = field(default_factory=Ranks)
 
     @classmethod
     def read(
@@ -99,12 +102,14 @@ class JointPrompts:
         protocols: Sequence[str] = MIXED,
         hold: bool = False,
         journal: Journal | None = None,
+        ranks: Ranks | None = None,
     ) -> JointPrompts:
         """Args as of :func:`flowmm.profiler.sensitivity.measure_sensitivity`.
 
         Args:
             hold: keep all prompts' queries, keys and values in memory, which saves a prefill per prompt and question.
             journal: of the same model, plan, prompts and protocols.
+            ranks: processes that share the prompts.
 
         Raises:
             InputError: an unknown protocol, or no prompt that fits any of the protocols.
@@ -119,10 +124,14 @@ class JointPrompts:
                 f"no calibration prompt fits {' or '.join(protocols)}: 'blind' needs prompts whose last turn ends with "
                 "a text behind other parts"
             )
-        return cls(model, plan, fitting, {} if hold else None, journal or Journal())
+        return cls(model, plan, fitting, {} if hold else None, journal or Journal(), ranks or Ranks())
 
     def __len__(self) -> int:
         return len(self.trials)
+
+    def at_most(self, count: int) -> JointPrompts:
+        """So many of the prompts, evenly spaced."""
+        return self.every(-(-len(self) // count), 0)
 
     def every(self, step: int, start: int) -> JointPrompts:
         """Each `step`-th prompt from `start` on; all where that would be none."""
@@ -152,16 +161,15 @@ class JointPrompts:
             forget: free what compressions of a prompt have in common before the next prompt.
             progress: called with (finished prompts, prompts).
         """
-        costs, asked = [], _question(arrangements, of)
-        for done, place in enumerate(self.trials, start=1):
-            known = self.journal.get(f"{place} {asked}")
-            if known is None:
-                known = self._costs_of(place, arrangements, of, forget)
-                self.journal.put(f"{place} {asked}", known)
-            costs.append(known)
-            if progress is not None:
-                progress(done, len(self))
-        return np.array(costs)
+        found = answered(
+            _question(arrangements, of),
+            self.trials,
+            lambda place: self._costs_of(place, arrangements, of, forget),
+            journal=self.journal,
+            ranks=self.ranks,
+            told=None if progress is None else lambda done: progress(done, len(self)),
+        )
+        return np.array(list(found.values()))
 
     def _costs_of(self, place: int, arrangements: Sequence[Arrangement], of: Measure, forget: bool) -> list[float]:
         readings = self._readings(place)

@@ -1,14 +1,17 @@
-"""What a measurement has found so far, a line each, so that one that was killed need not find it again."""
+"""What a measurement has found so far, a line each, so that one that was killed need not find it again; and how several
+processes share what is still to be found.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flowmm.errors import InputError
+from flowmm.profiler.ranks import Ranks
 
 
 class Journal:
@@ -76,3 +79,43 @@ class Journal:
 def key_of(question: Any) -> str:
     """A short name for JSON values that say what is measured."""
     return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def answered(
+    question: str,
+    places: Iterable[int],
+    measure: Callable[[int], list[float] | None],
+    *,
+    journal: Journal,
+    ranks: Ranks,
+    told: Callable[[int], None] | None = None,
+) -> dict[int, list[float]]:
+    """What `measure` finds at every place; where it finds nothing (None), the place is left out.
+
+    Every rank calls this with the same question and places, measures those that fall to it, and returns all. The first
+    rank's journal is asked before, and told after.
+
+    Args:
+        question: see :func:`key_of`.
+        told: called with the number of places this rank is done with.
+    """
+    places = list(places)
+    known = {place: found for place in places if (found := journal.get(f"{place} {question}")) is not None}
+    if ranks.size > 1:
+        known = {int(place): found for place, found in json.loads(ranks.from_first(json.dumps(known))).items()}
+    own: dict[int, list[float]] = {}
+    for done, place in enumerate(places):
+        if place not in known and ranks.takes(done):
+            found = measure(place)
+            if found is not None:
+                own[place] = found
+                journal.put(f"{place} {question}", found)
+        if told is not None:
+            told(done + 1)
+    for text in ranks.gather(json.dumps(own)) if ranks.size > 1 else []:
+        for place, found in json.loads(text).items():
+            if int(place) not in own:
+                own[int(place)] = found
+                journal.put(f"{place} {question}", found)
+    found = known | own
+    return {place: found[place] for place in places if place in found}

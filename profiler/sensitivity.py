@@ -19,8 +19,9 @@ from flowmm.errors import InputError
 from flowmm.models import LoadedModel
 from flowmm.plans import LayerPlan, MethodParameters, Mode, Plan, SensitivityFingerprint
 from flowmm.plans.allocation import allocate
-from flowmm.profiler.journal import Journal, key_of
+from flowmm.profiler.journal import Journal, answered, key_of
 from flowmm.profiler.profiling import Progress
+from flowmm.profiler.ranks import Ranks
 from flowmm.profiler.samples import CalibrationSample, Sample
 from flowmm.runtime.budgets import entry_budget
 from flowmm.runtime.cache import CompressionSettings, FlowCache
@@ -169,6 +170,7 @@ def measure_sensitivity(
     layers: Sequence[int] | None = None,
     progress: Progress | None = None,
     journal: Journal | None = None,
+    ranks: Ranks | None = None,
 ) -> Sensitivity:
     """Measure every layer's curve on calibration prompts.
 
@@ -182,6 +184,7 @@ def measure_sensitivity(
         layers: measure these alone; ``None``: all.
         progress: called with (finished prompts, `limit`).
         journal: of the same model, plan, prompts and protocols; what it knows is not measured again.
+        ranks: processes that share the prompts, each calling this.
 
     Raises:
         InputError: an unknown protocol, or no prompt that fits any of the protocols.
@@ -190,7 +193,13 @@ def measure_sensitivity(
     modes, methods = plan.layer_modes(plan.method), plan.layer_methods(plan.method)
     layers = range(len(modes)) if layers is None else layers
     variants = [Variant(layer, ratio, methods[layer], modes[layer]) for layer in layers for ratio in ratios]
-    how: dict[str, Any] = {"limit": limit, "protocols": protocols, "progress": progress, "journal": journal}
+    how: dict[str, Any] = {
+        "limit": limit,
+        "protocols": protocols,
+        "progress": progress,
+        "journal": journal,
+        "ranks": ranks,
+    }
     costs = measure_costs(model, plan, samples, variants, **how)
     return Sensitivity(ratios, costs.reshape(len(costs), len(layers), len(ratios)))
 
@@ -205,6 +214,7 @@ def measure_costs(
     protocols: Sequence[str] = MIXED,
     progress: Progress | None = None,
     journal: Journal | None = None,
+    ranks: Ranks | None = None,
 ) -> np.ndarray:
     """``[prompts, variants]`` fp64: next-token KL against the full cache in nats, mean over tokens and protocols.
 
@@ -212,29 +222,29 @@ def measure_costs(
     that costs of several calls can be compared prompt by prompt.
     """
     check_protocols(protocols)
-    costs, journal, asked = [], journal or Journal(), _question(variants)
-    readable = (sample for sample in samples if isinstance(sample, CalibrationSample))
-    for done, sample in enumerate(islice(readable, limit), start=1):
-        fitting = [chat for name in protocols if (chat := PROTOCOLS[name](sample.messages)) is not None]
-        known = journal.get(f"{done} {asked}")
-        if known is None and fitting:
-            rows = [_prompt_costs(model, plan, build_trial(model, chat), variants) for chat in fitting]
-            known = np.mean(rows, axis=0).tolist()
-            journal.put(f"{done} {asked}", known)
-        if known is not None:
-            costs.append(known)
-        if progress is not None:
-            progress(done, limit)
+    readable = islice((sample for sample in samples if isinstance(sample, CalibrationSample)), limit)
+    numbered = dict(enumerate(readable))
+
+    def measure(place: int) -> list[float] | None:
+        chats = [PROTOCOLS[name](numbered[place].messages) for name in protocols]
+        rows = [_prompt_costs(model, plan, build_trial(model, chat), variants) for chat in chats if chat is not None]
+        return np.mean(rows, axis=0).tolist() if rows else None
+
+    found = answered(
+        key_of([[one.layer, one.ratio, one.method.model_dump(mode="json"), one.mode] for one in variants]),
+        numbered,
+        measure,
+        journal=journal or Journal(),
+        ranks=ranks or Ranks(),
+        told=None if progress is None else lambda done: progress(done, limit),
+    )
+    costs = list(found.values())
     if not costs:
         raise InputError(
             f"no calibration prompt fits {' or '.join(protocols)}: 'blind' needs prompts whose last turn ends with a "
             "text behind other parts"
         )
     return np.array(costs)
-
-
-def _question(variants: Sequence[Variant]) -> str:
-    return key_of([[one.layer, one.ratio, one.method.model_dump(mode="json"), one.mode] for one in variants])
 
 
 def _prompt_costs(model: LoadedModel, plan: Plan, trial: Trial, variants: Sequence[Variant]) -> np.ndarray:
