@@ -11,12 +11,13 @@ from torch import Tensor
 
 from flowmm.evaluation.attention_error import attention_errors, recording
 from flowmm.evaluation.methods import Method
-from flowmm.evaluation.plan_kinds import plan_of_kind
+from flowmm.evaluation.plan_kinds import followed_by, plan_of_kind
 from flowmm.evaluation.records import Row
 from flowmm.evaluation.suite import Case
 from flowmm.models import LoadedModel
-from flowmm.plans import Plan
+from flowmm.plans import MethodParameters, Plan
 from flowmm.runtime import FlowCache
+from flowmm.runtime.cache import CompressionSettings
 from flowmm.runtime.replay import Prefill, Trial, answer_greedily, divergence, feed, length_of_turn
 
 # Caches decoded together: more rows save forward calls, and copy more memory in each.
@@ -84,7 +85,10 @@ class Bench:
     def _batches(self, cells: Sequence[Cell]) -> Iterator[tuple[Sequence[Cell], list[Size], FlowCache]]:
         """Compressed cells, what each keeps, and their caches as one batch, as many as are decoded together."""
         made = [
-            (cell, self.prefilled.cache(self.prefilled.settings(self._plan_of(cell), parameters, cell.budget)))
+            (
+                cell,
+                self.prefilled.cache(self._settings(cell, parameters)),
+            )
             for cell in cells
             if (parameters := cell.method.parameters) is not None
         ]
@@ -94,15 +98,15 @@ class Bench:
             ready = [self.prefilled.hide_last(cache, self.trial.fed_again) for cache in caches]
             yield chunk, sizes, FlowCache.stack(ready)
 
-    def _plan_of(self, cell: Cell) -> Plan:
-        kind = cell.method.kind
-        if kind is not None and kind not in self._plans:
-            self._plans[kind] = plan_of_kind(kind, self.plan)
-        return self.plan if kind is None else self._plans[kind]
+    def _settings(self, cell: Cell, parameters: MethodParameters) -> CompressionSettings:
+        kind, name = cell.method.kind, cell.method.name
+        if name not in self._plans:
+            self._plans[name] = followed_by(parameters, self.plan if kind is None else plan_of_kind(kind, self.plan))
+        return self.prefilled.settings(self._plans[name], parameters, cell.budget)
 
     @cached_property
     def _plans(self) -> dict[str, Plan]:
-        """By kind."""
+        """By method."""
         return {}
 
     def _full_cache(self) -> FlowCache:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import partial
 
 from flowmm.errors import InputError
-from flowmm.plans import Plan
+from flowmm.plans import MethodParameters, Plan
+from flowmm.plans.choices import LayerChoice, same_algorithm
 from flowmm.plans.layers import decide_mode
 from flowmm.plans.method import FlowKind
 
@@ -50,6 +51,31 @@ def plan_of_kind(kind: str, plan: Plan) -> Plan:
     if kind not in PLAN_KINDS:
         raise InputError(f"kind of plan {kind!r}: expected one of {', '.join(PLAN_KINDS)}")
     return PLAN_KINDS[kind](plan)
+
+
+# Choices that a change of the field on the left makes meaningless, beside one of the field itself.
+_DECIDED_BY = {"gate": {"tau"}, "selector": {"first_share"}, "theta": {"mode"}}
+
+
+def followed_by(parameters: MethodParameters, plan: Plan) -> Plan:
+    """`plan` for a control: a change to the plan's own preset keeps the layers' choices but for what it changes.
+
+    A run with other parameters than the plan's follows no choices. A control must differ from the method in one thing
+    alone, so it does.
+    """
+    own = plan.method
+    if parameters.preset is None or parameters.preset != own.preset or same_algorithm(parameters, own):
+        return plan
+    changed = {name for name, value in parameters if value != getattr(own, name)}
+    lost = changed.union(*(_DECIDED_BY.get(name, set()) for name in changed))
+    layers = [layer.model_copy(update={"choice": _without(layer.choice, lost)}) for layer in plan.layers]
+    method = parameters.model_copy(update={"budget": own.budget})
+    return plan.model_copy(update={"method": method, "layers": tuple(layers)})
+
+
+def _without(choice: LayerChoice | None, lost: set[str]) -> LayerChoice | None:
+    kept = {} if choice is None else {name: value for name, value in choice.changes.items() if name not in lost}
+    return LayerChoice(**kept, cost=choice.cost) if choice is not None and kept else None
 
 
 def _changed(plan: Plan, kind: FlowKind, online: bool) -> Plan:

@@ -126,7 +126,11 @@ def identity_of(model: LoadedModel, plan: Plan) -> dict[str, str]:
     """What measured rows depend on beside their key: weights, layer modes, budgets and choices, flowmm's version."""
     layers = json.dumps(
         [
-            [layer.mode, layer.budget, *filter(None, [layer.curve, layer.choice and str(layer.choice)])]
+            [
+                layer.mode,
+                layer.budget,
+                *filter(None, [layer.curve, layer.choice and f"{layer.choice}, in controls too"]),
+            ]
             for layer in plan.layers
         ]
         + [list(plan.allocations or ())]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from flowmm.errors import InputError
 from flowmm.evaluation.methods import CONTROLS, FULL, GROUPS, parse_methods
-from flowmm.plans import PRESETS, MethodParameters
+from flowmm.evaluation.plan_kinds import followed_by
+from flowmm.plans import PRESETS, MethodParameters, Plan
+from flowmm.plans.choices import LayerChoice
 from flowmm.plans.method import MERGE_OPERATORS
 
 
@@ -89,3 +94,30 @@ def test_a_method_may_run_under_another_kind_of_plan() -> None:
     assert (merged.parameters.merge, merged.parameters.min_sim) == ("mass", 0.8)
     with pytest.raises(InputError, match="behind the @"):
         parse_methods("robust@best", 0.25)
+
+
+def test_a_control_keeps_the_choices_of_layers_but_for_what_it_changes() -> None:
+    plan = Plan.load(Path(__file__).with_name("test_plans_sample.json"))
+    choices = {
+        1: LayerChoice(first_share=0.25, merge="average", cost=(1.0, 0.5)),
+        2: LayerChoice(tau="pivot_quantile:0.8", cost=(1.0, 0.5)),
+    }
+    layers = tuple(layer.model_copy(update={"choice": choices.get(layer.index)}) for layer in plan.layers)
+    own = MethodParameters.from_preset("robust", theta=0.3)
+    plan = plan.model_copy(update={"method": own, "layers": layers})
+
+    def chosen(name: str) -> list[dict[str, Any]]:
+        followed = followed_by(parameters(name), plan)
+        assert followed.method.budget == own.budget
+        found = [followed.layers[layer].choice for layer in (1, 2)]
+        return [{} if choice is None else choice.changes for choice in found]
+
+    first, tau = {"first_share": 0.25, "merge": "average"}, {"tau": "pivot_quantile:0.8"}
+    assert chosen("robust") == chosen("any_pivot") == [first, tau]
+    assert chosen("same_pivots_evicted") == [{"first_share": 0.25}, tau]
+    assert chosen("random_pivots") == [{"merge": "average"}, tau]
+    assert chosen("robust:gate=true") == [first, {}]
+    evicted = followed_by(parameters("same_pivots_evicted"), plan).layer_methods(parameters("same_pivots_evicted"))
+    assert (evicted[1].first_share, evicted[1].merge) == (0.25, "evict")
+    assert followed_by(parameters("paper"), plan) is plan
+    assert plan.layer_methods(parameters("paper"))[1] == parameters("paper")
