@@ -504,8 +504,8 @@ def profile(
         _note("calibrating on built-in generated prompts; prompts like your own (--data FILE.jsonl) give a better plan")
     _calm_libraries()
     loaded = load_model(model, device=rank_device(device), **loading)
+    measurements = _layer_measurements(layer_budgets, decide == "measured", protocol, sensitivity_prompts)
     if dry_run:
-        measurements = _layer_measurements(layer_budgets, decide == "measured", protocol, sensitivity_prompts)
         _show_forecast(loaded, samples, measurements, as_json)
         return
     records = records or out.with_suffix(".records.parquet")
@@ -527,16 +527,7 @@ def profile(
             )
         journal = _layers_journal(records if first else None, plan, protocol, sensitivity_prompts, resume)
         plan = _with_measured_layers(
-            loaded,
-            plan,
-            samples,
-            layer_budgets,
-            decide == "measured",
-            protocol,
-            sensitivity_prompts,
-            quiet or not first,
-            journal,
-            ranks,
+            loaded, plan, samples, layer_budgets, measurements, quiet=quiet or not first, journal=journal, ranks=ranks
         )
     if not first:
         return
@@ -578,9 +569,8 @@ def _with_measured_layers(
     plan: Any,
     samples: Any,
     rule: Any,
-    choices: bool,
-    protocol: str,
-    limit: int,
+    measurements: Any,
+    *,
     quiet: bool,
     journal: Any,
     ranks: Any,
@@ -600,21 +590,20 @@ def _with_measured_layers(
             shown.close()
             return shown.enter_context(shown_progress(quiet, what, unit))
 
-        if rule not in ("measured", "joint"):
+        if measurements.budgets is None:
             statistic = None
             if rule in MEASURED_RULES:
-                statistic = measure_statistic(
-                    loaded, rule, samples, limit=limit, progress=progress("measured layers on", "prompts")
-                )
+                shown_here = progress("measured layers on", "prompts")
+                statistic = measure_statistic(loaded, rule, samples, limit=measurements.prompts, progress=shown_here)
             plan = with_rule_budgets(plan, rule, statistic)
         return measure_layers(
             loaded,
             plan,
             samples,
-            budgets=rule if rule in ("measured", "joint") else None,
-            choices=choices,
-            limit=limit,
-            protocols=_protocols(protocol),
+            budgets=measurements.budgets,
+            choices=measurements.choices,
+            limit=measurements.prompts,
+            protocols=measurements.protocols,
             progress=progress,
             journal=journal,
             ranks=ranks,

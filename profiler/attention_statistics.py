@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import islice
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from flowmm.models import LoadedModel
 from flowmm.plans import LayerPlan, Plan, scale_budgets
 from flowmm.plans.budget_rules import MEASURED_RULES, BudgetRule, rule_shares
 from flowmm.profiler.profiling import Progress
-from flowmm.profiler.samples import CalibrationSample, Sample
+from flowmm.profiler.samples import Sample, readable_samples
 from flowmm.profiler.sensitivity import aware
 from flowmm.runtime.importance import rows_attention
 from flowmm.runtime.prompt import PromptLayout
@@ -92,8 +91,7 @@ def measure_statistic(
         InputError: no prompt can be read.
     """
     statistic, rows = STATISTICS[rule], []
-    readable = (sample for sample in samples if isinstance(sample, CalibrationSample))
-    for done, sample in enumerate(islice(readable, limit), start=1):
+    for done, sample in enumerate(readable_samples(samples, limit), start=1):
         chat = aware(sample.messages)
         prefilled = prefill(model.model, build_trial(model, chat))
         rows.append([statistic(q, k, prefilled.layout, prefilled.scaling) for q, k, _ in prefilled.states])

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
-from flowmm.errors import InputError
 from flowmm.models import LoadedModel
 from flowmm.plans import MethodParameters, Mode, Plan
 from flowmm.profiler.journal import Journal, answered, key_of
 from flowmm.profiler.profiling import Progress
 from flowmm.profiler.ranks import Ranks
-from flowmm.profiler.samples import CalibrationSample, Sample
-from flowmm.profiler.sensitivity import MIXED, PROTOCOLS, ROWS_PER_BATCH, Reading, check_protocols
+from flowmm.profiler.samples import Sample, readable_samples
+from flowmm.profiler.sensitivity import MIXED, ROWS_PER_BATCH, Reading, check_protocols, require_prompts, trials_of
 from flowmm.runtime.budgets import entry_budget
 from flowmm.runtime.cache import CompressionSettings
-from flowmm.runtime.replay import Trial, build_trial, reading_caches
+from flowmm.runtime.replay import Trial, reading_caches
 
 
 def shift_bound(divergence: Tensor) -> Tensor:
@@ -115,15 +113,9 @@ class JointPrompts:
             InputError: an unknown protocol, or no prompt that fits any of the protocols.
         """
         check_protocols(protocols)
-        readable = (sample for sample in samples if isinstance(sample, CalibrationSample))
-        chats = [[PROTOCOLS[name](sample.messages) for name in protocols] for sample in islice(readable, limit)]
-        trials = [tuple(build_trial(model, chat) for chat in of if chat is not None) for of in chats]
+        trials = [trials_of(model, sample, protocols) for sample in readable_samples(samples, limit)]
         fitting = {place: of for place, of in enumerate(trials) if of}
-        if not fitting:
-            raise InputError(
-                f"no calibration prompt fits {' or '.join(protocols)}: 'blind' needs prompts whose last turn ends with "
-                "a text behind other parts"
-            )
+        require_prompts(fitting, protocols)
         return cls(model, plan, fitting, {} if hold else None, journal or Journal(), ranks or Ranks())
 
     def __len__(self) -> int:

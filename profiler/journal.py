@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmm.errors import InputError
+from flowmm.plans.files import write_atomic
 from flowmm.profiler.ranks import Ranks
 
 
@@ -45,10 +46,8 @@ class Journal:
                     break
                 good.append(line)
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_bytes(b"\n".join(good) + b"\n")
-            temporary.replace(path)
-        except OSError as error:
+            write_atomic(path, b"\n".join(good) + b"\n")
+        except (OSError, InputError) as error:
             raise InputError(f"{path}: cannot be used to resume ({error}); remove it or pass --no-resume") from error
 
     def get(self, key: str) -> list[float] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from PIL import Image
@@ -56,6 +57,11 @@ class CalibrationSample:
 
 
 Sample = CalibrationSample | UnreadableSample
+
+
+def readable_samples(samples: Iterable[Sample], limit: int | None = None) -> Iterator[CalibrationSample]:
+    """The prompts among `samples`, at most `limit`; unreadable places are passed over."""
+    return islice((sample for sample in samples if isinstance(sample, CalibrationSample)), limit)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ add up well enough to share a budget between them (:mod:`flowmm.plans.allocation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from flowmm.plans.allocation import allocate
 from flowmm.profiler.journal import Journal, answered, key_of
 from flowmm.profiler.profiling import Progress
 from flowmm.profiler.ranks import Ranks
-from flowmm.profiler.samples import CalibrationSample, Sample
+from flowmm.profiler.samples import CalibrationSample, Sample, readable_samples
 from flowmm.runtime.budgets import entry_budget
 from flowmm.runtime.cache import CompressionSettings, FlowCache
 from flowmm.runtime.replay import (
@@ -97,6 +97,21 @@ def check_protocols(names: Sequence[str]) -> None:
     """Raise InputError unless `names` are some of :data:`PROTOCOLS`."""
     if not names or not set(names) <= PROTOCOLS.keys():
         raise InputError(f"protocols {list(names)}: expected one or more of {', '.join(PROTOCOLS)}")
+
+
+def trials_of(model: LoadedModel, sample: CalibrationSample, protocols: Sequence[str]) -> tuple[Trial, ...]:
+    """The prompt under each of the protocols that it fits."""
+    chats = (PROTOCOLS[name](sample.messages) for name in protocols)
+    return tuple(build_trial(model, chat) for chat in chats if chat is not None)
+
+
+def require_prompts(found: Collection[Any], protocols: Sequence[str]) -> None:
+    """Raise InputError if nothing was `found` that fits any of the protocols."""
+    if not found:
+        raise InputError(
+            f"no calibration prompt fits {' or '.join(protocols)}: 'blind' needs prompts whose last turn ends with a "
+            "text behind other parts"
+        )
 
 
 @dataclass(frozen=True)
@@ -222,12 +237,11 @@ def measure_costs(
     that costs of several calls can be compared prompt by prompt.
     """
     check_protocols(protocols)
-    readable = islice((sample for sample in samples if isinstance(sample, CalibrationSample)), limit)
-    numbered = dict(enumerate(readable))
+    numbered = dict(enumerate(readable_samples(samples, limit)))
 
     def measure(place: int) -> list[float] | None:
-        chats = [PROTOCOLS[name](numbered[place].messages) for name in protocols]
-        rows = [_prompt_costs(model, plan, build_trial(model, chat), variants) for chat in chats if chat is not None]
+        trials = trials_of(model, numbered[place], protocols)
+        rows = [_prompt_costs(model, plan, trial, variants) for trial in trials]
         return np.mean(rows, axis=0).tolist() if rows else None
 
     found = answered(
@@ -239,11 +253,7 @@ def measure_costs(
         told=None if progress is None else lambda done: progress(done, limit),
     )
     costs = list(found.values())
-    if not costs:
-        raise InputError(
-            f"no calibration prompt fits {' or '.join(protocols)}: 'blind' needs prompts whose last turn ends with a "
-            "text behind other parts"
-        )
+    require_prompts(costs, protocols)
     return np.array(costs)
 
 
