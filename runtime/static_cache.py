@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flowmm.errors import FlowmmError, InputError
-from flowmm.runtime.attention import attend_compressed
+from flowmm.runtime.attention import attend_compressed, attend_one_token
 from flowmm.runtime.cache import Base, CompressionSettings, FlowCache, Prompt
 from flowmm.runtime.layer import FlowLayer
 from flowmm.runtime.shared import Shared
@@ -228,7 +228,8 @@ class StaticFlowCache(FlowCache):
         if not isinstance(states, StaticFlowLayer) or not states.settled or states.buffers is None:
             return super().attend(layer, query, key, value, mask, scaling, base)
         if query.shape[2] == 1:
-            return attend_compressed(query, key, value, states.buffers.bias, scaling), None
+            attend = attend_one_token if _is_compiled_for_cpu(query) else attend_compressed
+            return attend(query, key, value, states.buffers.bias, scaling), None
         return attend_compressed(query, *states.held(), scaling), None
 
     def _compress(
@@ -242,3 +243,8 @@ class StaticFlowCache(FlowCache):
             keys, _ = states.first_entries(states.kept)
             states.bias = keys.new_zeros(keys.shape[:3]).masked_fill_(~prompt.layout.valid[:, None], float("-inf"))
         states.settle(self.room)
+
+
+def _is_compiled_for_cpu(query: Tensor) -> bool:
+    """Whether this call is being compiled into CPU code, for a dtype whose sums need no wider one."""
+    return torch.compiler.is_compiling() and query.device.type == "cpu" and query.dtype == torch.float32

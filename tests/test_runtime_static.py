@@ -13,6 +13,7 @@ import flowmm
 from flowmm.errors import InputError
 from flowmm.plans import MethodParameters
 from flowmm.runtime import NoCompilerWarning, compiled, static_cache
+from flowmm.runtime.attention import attend_compressed, attend_one_token
 
 METHODS = {
     "robust": MethodParameters.from_preset("robust"),
@@ -136,3 +137,11 @@ def test_compiled_decoding_is_one_graph(model: Any) -> None:
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_attention_for_compiled_code_is_attention(group: int) -> None:
+    query, key, value = torch.randn(2, 3 * group, 1, 16), torch.randn(2, 3, 40, 16), torch.randn(2, 3, 40, 16)
+    bias = torch.randn(2, 3, 40).masked_fill_(torch.rand(2, 3, 40) < 0.2, float("-inf"))
+    arguments = query, key, value, bias, 0.3
+    torch.testing.assert_close(attend_one_token(*arguments), attend_compressed(*arguments))
