@@ -1,8 +1,8 @@
 """The one place that compiles: pivot selection, gated matching and merging of a layer as a single graph.
 
 Lengths, budgets, modes and thresholds are inputs of the graph, so one graph serves all prompts; only a method's rules
-(the names of its operator, tau rule, gate action, ...) make another one. The compiler's results are kept on disk, where
-the next process finds them.
+(the names of its operator, tau rule, gate action, ...) make another one. Code is kept on disk, where the next process
+finds it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from transformers.generation.configuration_utils import CompileConfig
 from flowmm.plans import MethodParameters
 from flowmm.plans.method import TAU_RULES, parse_rule
 from flowmm.runtime.compression import compared_keys, leaving_entries, masses_of, match, merged_keys
+from flowmm.runtime.kept_code import KeptCode
 from flowmm.runtime.matching import Assignment
 from flowmm.runtime.merging import MergedEntries, merge
 from flowmm.runtime.pivots import Pivots, select_pivots
@@ -207,7 +208,7 @@ def _can_compile(device: torch.device, what: str) -> bool:
 @cache
 def _compiled() -> Callable[..., Outcome]:
     _keep_code()
-    return torch.compile(merge_layer, fullgraph=True, dynamic=True)
+    return KeptCode(merge_layer, Path(os.environ[CACHE_VARIABLE]) / merge_layer.__name__)
 
 
 def _keep_code() -> None:
