@@ -1,4 +1,4 @@
-"""Side-by-side measurements of prefill, decoding and memory: interleaved runs, medians with their spread, roofline.
+"""Side-by-side measurements of prefill, decoding and memory: interleaved runs, medians with their spread.
 
 Caches are compared on one model and one prompt. Prefills run in turns, and decoding goes on token by token in turns, so
 that other load on the machine falls on all alike; ratios are medians over pairs taken side by side.
@@ -29,15 +29,14 @@ from flowmm.plans import Plan, unprofiled_plan
 from flowmm.runtime.attention import attached
 from flowmm.runtime.budgets import planned_entries
 from flowmm.runtime.cache import FlowCache
+from flowmm.runtime.compiled import decoding_config
 from flowmm.runtime.context import compress
 from flowmm.runtime.host import offsets_of
 from flowmm.runtime.peak_memory import PeakMemory
+from flowmm.runtime.roofline import Bandwidth, bytes_per_token, entry_bytes, wait_for
 from flowmm.runtime.static_cache import StaticFlowCache
 
 WARM_UP_TOKENS = 3
-MIB = 2**20
-# Larger than the last-level cache of common machines, so that a pass comes from memory.
-READ_MIB = 192
 
 CacheKind = Literal["dynamic", "static", "flowmm", "flowmm-static"]
 CACHE_KINDS: tuple[CacheKind, ...] = get_args(CacheKind)
@@ -84,7 +83,7 @@ class Row:
         peak_bytes: most memory that the prefill held beyond what was held before it; the cache it leaves is included.
         peak_over_dynamic_layers: by how much that exceeds the dynamic cache's, in KV bytes of one full layer.
         compile_prefill_s, compile_token_s: what the first call took beyond a later one; None: not compiled.
-        roofline_s: bytes that a token must read over the best bandwidth seen.
+        roofline_s: bytes that a token must read over the best bandwidth seen, see :mod:`flowmm.runtime.roofline`.
         roofline_ratio: `token_s` over `roofline_s`.
         roofline_paired: the same, each token against a read that was timed right beside it.
     """
@@ -139,90 +138,6 @@ def _processor() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return " ".join([*names[:1], platform.machine()])
-
-
-class Bandwidth:
-    """Bytes per second at which this machine reads memory, with as many threads as the model runs on.
-
-    A large matrix times a vector: like decoding, it reads every byte once and writes next to nothing.
-
-    Attributes:
-        times: seconds of every pass so far.
-    """
-
-    def __init__(self, device: torch.device, size_mib: int = READ_MIB) -> None:
-        self._matrix = torch.ones(size_mib * MIB // (4 * 1024), 1024, device=device)
-        self._vector = torch.ones(1024, device=device)
-        self.times: list[float] = []
-        # The first pass pays for pages that nobody has touched.
-        torch.mv(self._matrix, self._vector)
-
-    def read(self) -> float:
-        """Time one pass."""
-        _wait(self._matrix.device)
-        start = time.perf_counter()
-        torch.mv(self._matrix, self._vector)
-        _wait(self._matrix.device)
-        self.times.append(time.perf_counter() - start)
-        return self.nbytes / self.times[-1]
-
-    @property
-    def nbytes(self) -> int:
-        return self._matrix.nbytes
-
-    @property
-    def best(self) -> float:
-        """The fastest pass of at least nine."""
-        while len(self.times) < 9:
-            self.read()
-        return self.nbytes / min(self.times)
-
-    def describe(self) -> dict[str, Any]:
-        """JSON values."""
-        best = self.best
-        return {
-            "gb_s": round(best / 1e9, 2),
-            "median_gb_s": round(self.nbytes / statistics.median(self.times) / 1e9, 2),
-            "passes": len(self.times),
-            "mib": self.nbytes // MIB,
-        }
-
-
-def bytes_per_token(model: Any) -> int:
-    """Bytes of the weights that every decoded token reads: text layers and output head, not the input embedding."""
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    decoder = model.get_decoder()
-    layers = sum(weight.nbytes for weight in decoder.parameters() if weight is not embedding)
-    return layers + head.nbytes
-
-
-@torch.no_grad()
-def linear_layers(model: Any, bandwidth: Bandwidth, repeats: int = 9) -> dict[str, float]:
-    """What of a token no cache can save: the linear layers of text and output head alone, on one row.
-
-    Returns:
-        ``token_s``, the median, and ``roofline_ratio``, over reading their weights at the best bandwidth.
-    """
-    modules = [*model.get_decoder().modules(), model.get_output_embeddings()]
-    layers = [module for module in modules if isinstance(module, torch.nn.Linear)]
-    inputs = [layer.weight.new_ones(1, 1, layer.in_features) for layer in layers]
-    times = []
-    for _ in range(repeats):
-        bandwidth.read()
-        start = time.perf_counter()
-        for layer, row in zip(layers, inputs, strict=True):
-            layer(row)
-        _wait(model.device)
-        times.append(time.perf_counter() - start)
-    token = statistics.median(times)
-    return {"token_s": token, "roofline_ratio": token * bandwidth.best / sum(layer.weight.nbytes for layer in layers)}
-
-
-def entry_bytes(model: Any) -> int:
-    """Bytes of one entry of one layer: a key and a value per KV head."""
-    text = text_config(model.config)
-    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_key_value_heads * dim * model.dtype.itemsize
 
 
 def fixed_plan(model: Any) -> Plan:
@@ -359,11 +274,11 @@ class _DecoderClock:
             handle.remove()
 
     def _start(self, *_: Any) -> None:
-        _wait(self._device)
+        wait_for(self._device)
         self._began, self._began_cpu = time.perf_counter(), time.process_time()
 
     def _stop(self, *_: Any) -> None:
-        _wait(self._device)
+        wait_for(self._device)
         self.seconds, self.cpu_seconds = time.perf_counter() - self._began, time.process_time() - self._began_cpu
 
 
@@ -390,7 +305,7 @@ def _prefill_in_turns(
 def _prefill(model: Any, inputs: dict[str, Tensor], contestant: _Contestant, room: int) -> float:
     """Seconds until the first token is on the host."""
     with contestant.reading(model, inputs, room):
-        _wait(model.device)
+        wait_for(model.device)
         start = time.perf_counter()
         logits = model(**inputs, past_key_values=contestant.cache, logits_to_keep=1).logits
         contestant.next = logits[:, -1:].argmax(-1)
@@ -430,13 +345,13 @@ def _decode_in_turns(
                 if call is not None:
                     # What an earlier graph left may be overwritten; otherwise every order of graphs is recorded anew.
                     torch.compiler.cudagraph_mark_step_begin()
-                _wait(model.device)
+                wait_for(model.device)
                 start, start_cpu = time.perf_counter(), time.process_time()
                 output = (call or model)(
                     input_ids=contestant.next, position_ids=position + step, past_key_values=contestant.cache
                 )
                 contestant.next = output.logits[:, -1:].argmax(-1)
-                _wait(model.device)
+                wait_for(model.device)
                 seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
                 if step >= WARM_UP_TOKENS:
                     contestant.tokens.append(seconds)
@@ -448,9 +363,12 @@ def _decode_in_turns(
     return reads
 
 
-def _compiled_call(model: Any) -> Callable[..., Any]:
-    mode = "reduce-overhead" if model.device.type == "cuda" else "default"
-    return torch.compile(model.__call__, fullgraph=True, dynamic=False, mode=mode)
+def _compiled_call(model: Any) -> Callable[..., Any] | None:
+    """The call that ``compile_decoding=True`` makes; None where no compiler is found."""
+    config = decoding_config(model.device)
+    if config is None:
+        return None
+    return torch.compile(model.__call__, fullgraph=True, dynamic=False, mode=config.mode, options=config.options)
 
 
 @contextmanager
@@ -464,11 +382,6 @@ def _rotated(contestants: Sequence[_Contestant], turn: int) -> list[_Contestant]
     """Everyone goes first in turn."""
     first = turn % len(contestants)
     return [*contestants[first:], *contestants[:first]]
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True)

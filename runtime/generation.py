@@ -11,13 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import DynamicCache, TextStreamer
-from transformers.generation.configuration_utils import CompileConfig
 
 from flowmm.errors import FlowmmError, InputError
 from flowmm.models import LoadedModel, load_model, resolve_source
 from flowmm.plans import MethodParameters, Plan
 from flowmm.runtime.budgets import Budget
-from flowmm.runtime.compiled import compiler_for
+from flowmm.runtime.compiled import compiler_for, decoding_config
 from flowmm.runtime.context import Run, compress
 from flowmm.runtime.online import CheckAction
 from flowmm.runtime.report import LayerReport, RunReport
@@ -64,12 +63,10 @@ class Compression:
         """Arguments of ``model.generate`` inside the block."""
         if not self.static:
             return {}
-        if not self.compiles_on(model) or compiler_for(model.device) is None:
+        compiles = self.compiles_on(model) and compiler_for(model.device) is not None
+        config = decoding_config(model.device) if compiles else None
+        if config is None:
             return {"cache_implementation": "static", "disable_compile": True}
-        # CUDA graphs where there is a GPU.
-        mode = "reduce-overhead" if model.device.type == "cuda" else "default"
-        config = CompileConfig(fullgraph=True, dynamic=False, mode=mode)
-        config._compile_all_devices = True
         return {"cache_implementation": "static", "compile_config": config}
 
     def of(self, model: Any) -> AbstractContextManager[Run]:

@@ -18,19 +18,9 @@ from flowmm.errors import InputError
 from flowmm.models import fingerprint_model, text_config
 from flowmm.models.random_weights import SHAPES, image_prompt, random_model
 from flowmm.runtime import bench_grid
-from flowmm.runtime.bench import (
-    CACHE_KINDS,
-    MIB,
-    Bandwidth,
-    Figure,
-    Row,
-    Settings,
-    bench,
-    bytes_per_token,
-    entry_bytes,
-    linear_layers,
-)
+from flowmm.runtime.bench import CACHE_KINDS, Figure, Row, Settings, bench
 from flowmm.runtime.peak_memory import PeakMemory
+from flowmm.runtime.roofline import MIB, Bandwidth, bytes_per_token, entry_bytes, linear_layers
 
 
 @pytest.fixture(scope="module")

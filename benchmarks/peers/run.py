@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 
 from flowmm.models import text_config
 from flowmm.models.random_weights import image_prompt, random_model
-from flowmm.runtime.bench import MIB, Figure, entry_bytes, environment
+from flowmm.runtime.bench import Figure, environment
+from flowmm.runtime.roofline import MIB, entry_bytes
 
 RESULT = Path(__file__).parents[1] / "results" / "peers_cpu.json"
 WORKER = Path(__file__).with_name("worker.py")
