@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -148,6 +149,49 @@ def nearest_pivot(
         target ``[B, Hkv, E]`` long (-1: none) and similarity ``[B, Hkv, E]`` fp32 (-inf: none). The smaller slot wins
         ties.
     """
+    given = (evicted_keys, pivot_keys, admissible, evicted_class, allowed)
+    return (_nearest_in_groups if _readable(admissible) else _nearest_of_all)(*given)
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether reading content waits for no device, and no compiler: a plain tensor in the host's own memory."""
+    return type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _nearest_in_groups(
+    evicted_keys: Tensor, pivot_keys: Tensor, admissible: Tensor, evicted_class: Tensor, allowed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """:func:`nearest_pivot`, each group of entries against the pivots that it may join and no others.
+
+    A group is a modality of one head of one row, or all of a head's entries where both may join the same pivots.
+    """
+    target = torch.full_like(evicted_class, NO_TARGET)
+    similarity = torch.full(target.shape, float("-inf"), dtype=evicted_keys.dtype)
+    count = _blocks(evicted_keys.shape[2], pivot_keys.shape[2], pivot_keys.shape[3])
+    size = evicted_keys.shape[2] * len(evicted_keys) * evicted_keys.shape[1] // count + 1
+    for row, head in itertools.product(*map(range, evicted_keys.shape[:2])):
+        here = row, head
+        text, visual = admissible[here]
+        groups = [(allowed[here], text)]
+        if not torch.equal(text, visual):
+            of_text = evicted_class[here] == 0
+            groups = [(allowed[here] & of_text, text), (allowed[here] & ~of_text, visual)]
+        for members, joinable in groups:
+            entries, slots = members.nonzero()[:, 0], joinable.nonzero()[:, 0]
+            if len(entries) == 0 or len(slots) == 0:
+                continue
+            pivots = pivot_keys[here].index_select(0, slots).T
+            for block in entries.split(size):
+                values, places = _best_in_rows(evicted_keys[here].index_select(0, block) @ pivots)
+                target[here].index_copy_(0, block, slots.index_select(0, places))
+                similarity[here].index_copy_(0, block, values)
+    return target, similarity
+
+
+def _nearest_of_all(
+    evicted_keys: Tensor, pivot_keys: Tensor, admissible: Tensor, evicted_class: Tensor, allowed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """:func:`nearest_pivot` with shapes that no content decides, for devices and for compiled code."""
     # Two further columns carry the modality rule, so that it costs no pass over the products: an entry has a 1 in its
     # class's column, a pivot that class may not join has a penalty there that no cosine makes up for.
     penalty = torch.where(admissible, 0.0, FORBIDDEN).to(pivot_keys.dtype)
@@ -169,8 +213,7 @@ def nearest_pivot(
 
 def _best_in_rows(products: Tensor) -> tuple[Tensor, Tensor]:
     """Largest value of each row (last dimension) and its first place."""
-    plain = type(products) is Tensor and products.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not plain or torch.get_num_threads() > NUMPY_THREADS:
+    if not _readable(products) or torch.get_num_threads() > NUMPY_THREADS:
         return products.max(dim=-1)
     # torch looks for the place of a maximum one number at a time, numpy many at a time.
     place = torch.from_numpy(products.detach().numpy().argmax(-1))[..., None]

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from flowmm.plans import MethodParameters
 from flowmm.plans.method import MERGE_OPERATORS
 from flowmm.runtime.budgets import entry_budget, layer_entries
 from flowmm.runtime.compression import compress_layer, forced_entries
 from flowmm.runtime.importance import proxy_importance, rows_attention
-from flowmm.runtime.matching import NO_TARGET, assign, nearest_pivot, tau_threshold, unit_rows
+from flowmm.runtime.matching import NO_TARGET, _nearest_of_all, assign, nearest_pivot, tau_threshold, unit_rows
 from flowmm.runtime.merging import OPERATORS, Weights, gather_group, merge
 from flowmm.runtime.pivots import complement, select_pivots
 from flowmm.runtime.prompt import PromptLayout, find_proxies
@@ -114,7 +117,10 @@ def test_a_compressed_layer_keeps_its_contract(
 
 @ANY
 @given(seed=st.integers(0, 2**20), evicted=st.integers(0, 90), kept=st.integers(1, 40), ties=st.booleans())
-def test_blocked_matching_equals_the_dense_argmax(seed: int, evicted: int, kept: int, ties: bool) -> None:
+@pytest.mark.parametrize("nearest", [nearest_pivot, _nearest_of_all])
+def test_blocked_matching_equals_the_dense_argmax(
+    nearest: Callable[..., Any], seed: int, evicted: int, kept: int, ties: bool
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     left, right = (torch.randn(1, 2, n, 4, generator=generator) for n in (evicted, kept))
     if ties:
@@ -123,7 +129,7 @@ def test_blocked_matching_equals_the_dense_argmax(seed: int, evicted: int, kept:
     classes = torch.randint(0, 2, (1, 2, evicted), generator=generator)
     admissible = torch.rand(1, 2, 2, kept, generator=generator) < 0.7
     allowed = torch.rand(1, 2, evicted, generator=generator) < 0.9
-    target, similarity = nearest_pivot(left, right, admissible, classes, allowed)
+    target, similarity = nearest(left, right, admissible, classes, allowed)
     mask = admissible.gather(2, classes[..., None].expand(-1, -1, -1, kept))
     dense = (left @ right.transpose(-1, -2)).masked_fill(~mask, float("-inf"))
     best = dense.max(-1)
@@ -138,6 +144,20 @@ def test_matching_runs_in_several_blocks() -> None:
     classes = torch.zeros(1, 1, 500, dtype=torch.long)
     target, _ = nearest_pivot(left, right, everything, classes, torch.ones_like(classes, dtype=torch.bool))
     assert torch.equal(target, (left @ right.transpose(-1, -2)).argmax(-1))
+
+
+def test_an_intra_layer_compares_entries_of_one_modality_only() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (unit_rows(torch.randn(1, 2, count, 4, generator=generator)) for count in (500, 300))
+    classes, visual = (torch.arange(count).expand(1, 2, -1) % 5 // 2 for count in (500, 300))
+    classes, visual = classes.clamp(max=1), visual > 0
+    same = torch.stack([~visual, visual], dim=2)
+    allowed = torch.ones_like(classes, dtype=torch.bool)
+    with FlopCounterMode(display=False) as counter:
+        target, _ = nearest_pivot(left, right, same, classes, allowed)
+    assert visual.gather(2, target).equal(classes == 1)
+    pairs = 2 * (200 * 120 + 300 * 180)
+    assert counter.get_total_flops() == 2 * 4 * pairs
 
 
 def a_group(seed: int, members: int, alike: bool = False) -> tuple[torch.Tensor, ...]:
