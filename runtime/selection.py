@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from math import isqrt
 
 import torch
 from torch import Tensor
@@ -19,12 +20,17 @@ from flowmm.runtime.shared import Shared
 # Rounds of a k-center that is not told how many entries to pick at a time: enough to tell near-duplicates apart, few
 # enough that a prompt of tens of thousands of tokens waits for none of them.
 KCENTER_ROUNDS = 16
-# A k-center looks at every second, third, ... entry as long as that leaves so many, and so many for each it picks.
-# Prompts below twice the first number are looked at whole.
-KCENTER_CANDIDATES = 2048
-CANDIDATES_PER_PICK = 4
-# Products of centers and entries are taken in pieces that fit a core's cache.
-CENTERS_AT_A_TIME = 64
+# From so many tokens on, a k-center does not look at all entries but at candidates, at most one in so many entries and
+# at least so many for each it picks.
+KCENTER_WHOLE = 4096
+ENTRIES_PER_CANDIDATE = 2
+CANDIDATES_PER_PICK = 2
+# One in so many candidates is evenly spaced, the others are the entries farthest from one in so many entries of the
+# prompt. A rare entry is among these; evenly spaced candidates alone miss it, and answers get worse.
+CANDIDATES_PER_SPACED = 4
+ENTRIES_PER_SAMPLE = 64
+# Products of centers and entries are taken in pieces that fit a core's cache, and about as high as wide: a matrix
+# product reads its factors again for every piece.
 PRODUCTS_AT_A_TIME = 2**18
 DEFAULT_WINDOW = 64
 
@@ -100,12 +106,11 @@ def column_mean_score(view: LayerView, rows: float | None) -> Tensor:
 def kcenter(view: LayerView, picks: float | None) -> Tensor:
     """Greedy k-center on content: the entries farthest from everything kept so far, `picks` at a time.
 
-    Without a number, as many at a time as make at most :data:`KCENTER_ROUNDS` rounds. A long prompt offers evenly
-    spaced candidates instead of all entries, see :data:`KCENTER_CANDIDATES`. Scores are minus the order of the pick; an
+    Without a number, as many at a time as make at most :data:`KCENTER_ROUNDS` rounds. A long prompt offers
+    candidates instead of all entries, see :data:`KCENTER_WHOLE`. Scores are minus the order of the pick; an
     entry that was never picked has -inf.
     """
-    content, length = view.content, view.key.shape[2]
-    strides = _strides(view)
+    content, length, strides = view.content, view.key.shape[2], _strides(view)
     candidates, entries, unit = view.shared.once(("distances", strides), lambda: _distances(view, strides))
     batch = min(int(picks or -(-view.slots // KCENTER_ROUNDS)), candidates.shape[2])
     rounds = -(-view.slots // batch) if picks else min(KCENTER_ROUNDS, view.slots)
@@ -116,8 +121,7 @@ def kcenter(view: LayerView, picks: float | None) -> Tensor:
     open_entries = torch.nn.functional.pad(view.open, (0, 1)).gather(2, candidates)
     distance = torch.where(open_entries, float("inf"), float("-inf"))
     forced, counted = _first_of(view.forced, view.forced_slots)
-    for some, counts in zip(forced.split(CENTERS_AT_A_TIME, 2), counted.split(CENTERS_AT_A_TIME, 2), strict=True):
-        _come_nearer(distance, entries, entries_at(content, some), counts)
+    _come_nearer(distance, entries, entries_at(content, forced), counted)
     order = []
     for turn in range(rounds):
         farthest = _in_steps(distance, unit).topk(batch, dim=-1).indices
@@ -135,10 +139,12 @@ def kcenter(view: LayerView, picks: float | None) -> Tensor:
 
 
 def _strides(view: LayerView) -> tuple[int, ...]:
-    """How far apart the candidates of each row are."""
+    """How many entries of each row stand behind one candidate."""
     slots = view.row_slots or (view.slots,) * len(view.layout.lengths)
     return tuple(
-        max(1, length // max(KCENTER_CANDIDATES, CANDIDATES_PER_PICK * count))
+        1
+        if length < KCENTER_WHOLE
+        else max(1, min(ENTRIES_PER_CANDIDATE, length // max(1, CANDIDATES_PER_PICK * count)))
         for length, count in zip(view.layout.lengths, slots, strict=True)
     )
 
@@ -155,25 +161,57 @@ def _distances(view: LayerView, strides: tuple[int, ...]) -> tuple[Tensor, Tenso
     """Candidates and what their distances are computed from.
 
     Returns:
-        positions ``[B, H, C]`` (L: an empty slot); ``[B, H, D + 2, C]``: contents, squared norms and ones; and the unit
-        of distances ``[B, H, 1]``.
+        positions ``[B, H, C]`` (L: an empty slot); ``[B, H, D + 2, C]``, see :func:`_with_norms`; and the unit of
+        distances ``[B, H, 1]``.
     """
     content, layout = view.content, view.layout
-    batch, heads, length, dim = content.shape
+    batch, heads, length = content.shape[:3]
+    entries, norms = _with_norms(content)
+    unit = _distance_unit(norms.masked_fill(~layout.valid[:, None], 0.0))
     if max(strides) == 1:
-        candidates = torch.arange(length, device=content.device).expand(batch, heads, length)
-        chosen, valid = content, layout.valid[:, None]
-    else:
-        apart = torch.tensor(strides, device=content.device)[:, None]
-        slots = max(-(-own // stride) for own, stride in zip(layout.lengths, strides, strict=True))
-        index, valid = _first_of((layout.valid & (layout.rank % apart == 0))[:, None], slots)
-        candidates = torch.where(valid, index, length).expand(batch, heads, slots)
-        chosen = entries_at(content, index.expand(batch, heads, slots))
-    norms = chosen.square().sum(-1)
-    entries = content.new_ones(batch, heads, dim + 2, chosen.shape[2])
-    entries[:, :, :dim].copy_(chosen.transpose(-1, -2))
+        return torch.arange(length, device=content.device).expand(batch, heads, length), entries, unit
+    slots = max(map(_parts, layout.lengths, strides))
+    index, filled = _first_of(_candidates(content, layout, strides, entries, unit), slots)
+    # As large as the keys; those of the candidates take their place.
+    del entries
+    entries, _ = _with_norms(entries_at(content, index))
+    return torch.where(filled, index, length), entries, unit
+
+
+def _candidates(
+    content: Tensor, layout: PromptLayout, strides: tuple[int, ...], entries: Tensor, unit: Tensor
+) -> Tensor:
+    """``[B, H, L]`` bool: evenly spaced entries and those farthest from a sample, one in `strides` entries in all."""
+    valid, rank, lengths = layout.valid, layout.rank, layout.lengths
+    batch, heads, length = content.shape[:3]
+    sampled = (valid & (rank % ENTRIES_PER_SAMPLE == 0))[:, None].expand(batch, heads, length)
+    sample, counted = _first_of(sampled, _parts(max(lengths), ENTRIES_PER_SAMPLE))
+    distance = torch.full((batch, heads, length), float("inf"), device=content.device)
+    _come_nearer(distance, entries, entries_at(content, sample), counted)
+    steps = [stride * CANDIDATES_PER_SPACED if stride > 1 else 1 for stride in strides]
+    spaced = valid & (rank % torch.tensor(steps, device=content.device)[:, None] == 0)
+    distance.masked_fill_((spaced | ~valid)[:, None], float("-inf"))
+    rest = [_parts(own, stride) - _parts(own, step) for own, stride, step in zip(lengths, strides, steps, strict=True)]
+    farthest = _in_steps(distance, unit).topk(max(rest), dim=-1).indices
+    taken = torch.arange(max(rest), device=content.device) < torch.tensor(rest, device=content.device)[:, None, None]
+    # The slot behind the last entry stands for none.
+    chosen = torch.nn.functional.pad(spaced[:, None].expand(batch, heads, length), (0, 1))
+    return chosen.scatter_(2, torch.where(taken, farthest, length), True)[..., :-1]
+
+
+def _parts(length: int, size: int) -> int:
+    """Parts of `size` that `length` entries make, the last one perhaps smaller."""
+    return -(-length // size)
+
+
+def _with_norms(content: Tensor) -> tuple[Tensor, Tensor]:
+    """Contents ``[B, H, N, D]``, their squared norms and ones as ``[B, H, D + 2, N]``; the norms, ``[B, H, N]``."""
+    batch, heads, count, dim = content.shape
+    norms = content.square().sum(-1)
+    entries = content.new_ones(batch, heads, dim + 2, count)
+    entries[:, :, :dim].copy_(content.transpose(-1, -2))
     entries[:, :, dim].copy_(norms)
-    return candidates, entries, _distance_unit(norms.masked_fill_(~valid, 0.0))
+    return entries, norms
 
 
 def _distance_unit(norms: Tensor) -> Tensor:
@@ -192,14 +230,19 @@ def _in_steps(distance: Tensor, unit: Tensor) -> Tensor:
 
 
 def _come_nearer(distance: Tensor, entries: Tensor, centers: Tensor, counted: Tensor) -> None:
-    """Lower `distance` ``[B, H, C]`` of `entries` to the nearest of `centers` ``[B, H, n, D]`` that are `counted`."""
+    """Lower `distance` ``[B, H, C]`` of `entries` to the nearest of `centers` ``[B, H, n, D]`` that are `counted`.
+
+    Entries as from :func:`_with_norms`.
+    """
     norms = centers.square().sum(-1, keepdim=True)
     # (-2c, 1, |c|^2) . (x, |x|^2, 1); the last one stands alone, so a center that does not count is infinitely far.
     norms = norms.masked_fill_(~counted[..., None], float("inf"))
     factors = torch.cat([centers * -2, torch.ones_like(norms), norms], dim=-1)
-    width = max(256, PRODUCTS_AT_A_TIME // factors[..., 0].numel())
-    for near, some in zip(distance.split(width, 2), entries.split(width, 3), strict=True):
-        torch.minimum(near, (factors @ some).amin(2), out=near)
+    of_a_head = max(1, PRODUCTS_AT_A_TIME // (factors.shape[0] * factors.shape[1]))
+    for some in factors.split(max(64, isqrt(of_a_head)), 2):
+        width = max(256, of_a_head // max(1, some.shape[2]))
+        for near, part in zip(distance.split(width, 2), entries.split(width, 3), strict=True):
+            torch.minimum(near, (some @ part).amin(2), out=near)
 
 
 def _squared_distance(left: Tensor, right: Tensor) -> Tensor:
