@@ -20,15 +20,11 @@ from flowmm.runtime.shared import Shared
 # Rounds of a k-center that is not told how many entries to pick at a time: enough to tell near-duplicates apart, few
 # enough that a prompt of tens of thousands of tokens waits for none of them.
 KCENTER_ROUNDS = 16
-# From so many tokens on, a k-center does not look at all entries but at candidates, at most one in so many entries and
-# at least so many for each it picks.
+# From so many tokens on, a k-center looks at every second entry, as long as that leaves so many for each it picks. At
+# every fourth, the rare entries that it misses cost answers; docs/runtime.md has the numbers.
 KCENTER_WHOLE = 4096
 ENTRIES_PER_CANDIDATE = 2
 CANDIDATES_PER_PICK = 2
-# One in so many candidates is evenly spaced, the others are the entries farthest from one in so many entries of the
-# prompt. A rare entry is among these; evenly spaced candidates alone miss it, and answers get worse.
-CANDIDATES_PER_SPACED = 4
-ENTRIES_PER_SAMPLE = 64
 # Products of centers and entries are taken in pieces that fit a core's cache, and about as high as wide: a matrix
 # product reads its factors again for every piece.
 PRODUCTS_AT_A_TIME = 2**18
@@ -107,8 +103,8 @@ def kcenter(view: LayerView, picks: float | None) -> Tensor:
     """Greedy k-center on content: the entries farthest from everything kept so far, `picks` at a time.
 
     Without a number, as many at a time as make at most :data:`KCENTER_ROUNDS` rounds. A long prompt offers
-    candidates instead of all entries, see :data:`KCENTER_WHOLE`. Scores are minus the order of the pick; an
-    entry that was never picked has -inf.
+    evenly spaced candidates instead of all entries, see :data:`KCENTER_WHOLE`. Scores are minus the order of the pick;
+    an entry that was never picked has -inf.
     """
     content, length, strides = view.content, view.key.shape[2], _strides(view)
     candidates, entries, unit = view.shared.once(("distances", strides), lambda: _distances(view, strides))
@@ -139,7 +135,7 @@ def kcenter(view: LayerView, picks: float | None) -> Tensor:
 
 
 def _strides(view: LayerView) -> tuple[int, ...]:
-    """How many entries of each row stand behind one candidate."""
+    """How far apart the candidates of each row are."""
     slots = view.row_slots or (view.slots,) * len(view.layout.lengths)
     return tuple(
         1
@@ -166,42 +162,17 @@ def _distances(view: LayerView, strides: tuple[int, ...]) -> tuple[Tensor, Tenso
     """
     content, layout = view.content, view.layout
     batch, heads, length = content.shape[:3]
-    entries, norms = _with_norms(content)
-    unit = _distance_unit(norms.masked_fill(~layout.valid[:, None], 0.0))
     if max(strides) == 1:
-        return torch.arange(length, device=content.device).expand(batch, heads, length), entries, unit
-    slots = max(map(_parts, layout.lengths, strides))
-    index, filled = _first_of(_candidates(content, layout, strides, entries, unit), slots)
-    # As large as the keys; those of the candidates take their place.
-    del entries
-    entries, _ = _with_norms(entries_at(content, index))
-    return torch.where(filled, index, length), entries, unit
-
-
-def _candidates(
-    content: Tensor, layout: PromptLayout, strides: tuple[int, ...], entries: Tensor, unit: Tensor
-) -> Tensor:
-    """``[B, H, L]`` bool: evenly spaced entries and those farthest from a sample, one in `strides` entries in all."""
-    valid, rank, lengths = layout.valid, layout.rank, layout.lengths
-    batch, heads, length = content.shape[:3]
-    sampled = (valid & (rank % ENTRIES_PER_SAMPLE == 0))[:, None].expand(batch, heads, length)
-    sample, counted = _first_of(sampled, _parts(max(lengths), ENTRIES_PER_SAMPLE))
-    distance = torch.full((batch, heads, length), float("inf"), device=content.device)
-    _come_nearer(distance, entries, entries_at(content, sample), counted)
-    steps = [stride * CANDIDATES_PER_SPACED if stride > 1 else 1 for stride in strides]
-    spaced = valid & (rank % torch.tensor(steps, device=content.device)[:, None] == 0)
-    distance.masked_fill_((spaced | ~valid)[:, None], float("-inf"))
-    rest = [_parts(own, stride) - _parts(own, step) for own, stride, step in zip(lengths, strides, steps, strict=True)]
-    farthest = _in_steps(distance, unit).topk(max(rest), dim=-1).indices
-    taken = torch.arange(max(rest), device=content.device) < torch.tensor(rest, device=content.device)[:, None, None]
-    # The slot behind the last entry stands for none.
-    chosen = torch.nn.functional.pad(spaced[:, None].expand(batch, heads, length), (0, 1))
-    return chosen.scatter_(2, torch.where(taken, farthest, length), True)[..., :-1]
-
-
-def _parts(length: int, size: int) -> int:
-    """Parts of `size` that `length` entries make, the last one perhaps smaller."""
-    return -(-length // size)
+        candidates = torch.arange(length, device=content.device).expand(batch, heads, length)
+        chosen, valid = content, layout.valid[:, None]
+    else:
+        apart = torch.tensor(strides, device=content.device)[:, None]
+        slots = max(-(-own // stride) for own, stride in zip(layout.lengths, strides, strict=True))
+        index, valid = _first_of((layout.valid & (layout.rank % apart == 0))[:, None], slots)
+        candidates = torch.where(valid, index, length).expand(batch, heads, slots)
+        chosen = entries_at(content, index.expand(batch, heads, slots))
+    entries, norms = _with_norms(chosen)
+    return candidates, entries, _distance_unit(norms.masked_fill(~valid, 0.0))
 
 
 def _with_norms(content: Tensor) -> tuple[Tensor, Tensor]:

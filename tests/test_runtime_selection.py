@@ -117,32 +117,22 @@ def test_kcenter_is_greedy_farthest_first() -> None:
         assert kept[0, head].tolist() == sorted(centers)
 
 
-def test_a_long_prompt_offers_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_prompt_offers_spaced_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     method = MethodParameters(selector="kcenter:1", keep_proxies=False, n_sink=1)
-    query, key, value, layout = a_layer(3, 64)
-    rotary = rotary_of(64)
-    # All tokens are alike but for a little, and one that no even spacing meets.
-    content = torch.ones(1, 2, 64, 8) + 0.2 * torch.randn(1, 2, 64, 8, generator=torch.Generator().manual_seed(0))
-    content[:, :, 37] = -1
-    key = rotary.redo(content, torch.arange(64).expand(1, 2, 64))
-    layer = query, key, value, layout
-    whole = positions(method, 9, layer, rotary)
-    monkeypatch.setattr(selection, "KCENTER_WHOLE", 64)
-    monkeypatch.setattr(selection, "ENTRIES_PER_CANDIDATE", 8)
-    monkeypatch.setattr(selection, "CANDIDATES_PER_PICK", 1)
-    few = positions(method, 9, layer, rotary)
-    assert not few.equal(whole)
-    assert (few == 37).any(-1).all()
-    # Ten candidates would not do for this: all entries are looked at again.
+    whole = positions(method, 5, a_layer(3, 40), rotary_of(40))
+    assert bool((whole[..., 1:] % 2).any())
+    monkeypatch.setattr(selection, "KCENTER_WHOLE", 40)
+    spaced = positions(method, 5, a_layer(3, 40), rotary_of(40))
+    assert not bool((spaced % 2).any())
+    # Twenty candidates would not do for eight picks: all are looked at again.
     monkeypatch.setattr(selection, "CANDIDATES_PER_PICK", 8)
-    assert positions(method, 9, layer, rotary).equal(whole)
+    assert positions(method, 5, a_layer(3, 40), rotary_of(40)).equal(whole)
 
 
 @pytest.mark.parametrize("selector", ["kcenter", "proxy+kcenter"])
 def test_candidates_ignore_padding(selector: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "KCENTER_WHOLE", 8)
     monkeypatch.setattr(selection, "CANDIDATES_PER_PICK", 1)
-    monkeypatch.setattr(selection, "ENTRIES_PER_SAMPLE", 7)
     test_selectors_ignore_padding(selector, {})
 
 
