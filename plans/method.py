@@ -118,7 +118,7 @@ class MethodParameters(BaseModel):
         0.5, ge=0, le=1, description="share of the free entries that the first of two selectors picks"
     )
     image_quota: float = Field(
-        0.0, ge=0, le=1, description="share of an image's proportional part of the free entries that it is sure to get"
+        1.0, ge=0, le=1, description="share of an image's proportional part of the free entries that it is sure to get"
     )
     modality_floor: float = Field(
         0.0, ge=0, le=0.5, description="share of the free entries that each present modality is sure to get"
@@ -210,11 +210,12 @@ PRESETS: dict[str, dict[str, object]] = {
         "min_sim": -1.0,
         "merge": "average",
         "mass": "proxy",
+        "image_quota": 0.0,
     },
     # Chosen on the pocket model's validation split; docs/choices.md has the numbers.
     "robust": {},
     # Best when the question is in the prompt: the entries and the masses that its last rows ask for.
-    "aware": {"selector": "proxy", "mass": "proxy", "min_sim": -1.0},
+    "aware": {"selector": "proxy", "mass": "proxy", "min_sim": -1.0, "image_quota": 0.0},
     # Best when questions come later: entries that differ most, nothing chosen by the prompt's end.
     "reuse": {"selector": "kcenter", "keep_proxies": False},
     # Same pivots as `robust`, nothing merged: separates selection from merging.

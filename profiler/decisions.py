@@ -4,16 +4,19 @@ Layers stand in for each other, so that what one layer does alone says little. A
 neighbouring layers other parameters while all layers keep what the plan's budgets give them.
 
 The rule against noise: proposals are made on one half of the prompts and must hold on the other. At the smallest of
-:data:`BUDGETS`, the best :data:`PROPOSED` of those that gain more than a standard error on the first half are measured
-at all budgets on the second; of those that gain more than a standard error there, the one with the largest gain is
-taken. A gain of less than a twentieth of the cost is none. Further rounds go on from there until nothing holds. At
-last every layer whose choice does not lower the cost over all prompts goes back to the method's parameters.
+:data:`BUDGETS`, all are measured on a quarter of the first half, the better half of them on a second quarter, and the
+better half of those on the rest. The best :data:`PROPOSED` of those that then gain more than a standard error are
+measured at all budgets on the second half; of those that gain more than a standard error there, the one with the
+largest gain is taken. A gain of less than a twentieth of the cost is none. Further rounds go on from there until
+nothing holds. At last every layer whose choice does not lower the cost over all prompts goes back to the method's
+parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -37,6 +40,7 @@ SELECTIONS: tuple[dict[str, Any], ...] = (
     {"selector": "kcenter", "keep_proxies": True},
     {"selector": "proxy"},
     {"selector": "proxy+kcenter", "first_share": 0.25},
+    {"selector": "proxy+kcenter", "first_share": 0.1},
     {"keep_proxies": False},
 )
 # How they are merged, over one block of layers at a time.
@@ -47,6 +51,8 @@ GATES = ("none", "pivot_quantile:0.8")
 BLOCKS = 6
 ROUNDS = 3
 PROPOSED = 8
+# With fewer prompts to propose, all proposals are measured on all of them.
+FEWEST_TO_HALVE = 8
 # Of the present cost.
 LEAST_SHARE = 0.05
 # A path asks its prompts hundreds of times, and hangs less on each than a choice does: at most so many.
@@ -173,13 +179,38 @@ def measure_choices(
 def _step(asked: _Asked, prompts: JointPrompts, plan: Plan, state: State) -> State | None:
     """The proposal that gains most and holds, or ``None``."""
     first, second = prompts.every(2, 0), prompts.every(2, 1)
-    found = list(proposals(plan, state))
-    gains = gains_of(asked.costs(first, [arranged(plan, one, min(BUDGETS)) for one in (state, *found)]))
-    short = [found[place] for place in sorted(gains, key=lambda place: -gains[place])[:PROPOSED]]
+    short = _promising(asked, first, plan, state)
     if not short:
         return None
     gains = gains_of(_over_budgets(asked, second, plan, [state, *short]))
     return short[max(gains, key=lambda place: gains[place])] if gains else None
+
+
+def _promising(asked: _Asked, prompts: JointPrompts, plan: Plan, state: State) -> list[State]:
+    """The proposals that gain most at the smallest budget, best first; half of them leave after each part of prompts.
+
+    With many times more proposals than there are good ones, most of the prompts are better spent on the better ones.
+    """
+    found = list(proposals(plan, state))
+    cost = np.empty((0, 1 + len(found)))
+    for part in halving_parts(prompts):
+        if len(cost):
+            gain = cost[:, :1].mean(0) - cost[:, 1:].mean(0)
+            better = sorted(np.argsort(-gain, kind="stable")[: -(-len(found) // 2)].tolist())
+            found, cost = [found[place] for place in better], cost[:, [0, *(1 + place for place in better)]]
+        measured = asked.costs(part, [arranged(plan, one, min(BUDGETS)) for one in (state, *found)])
+        cost = np.concatenate([cost, measured])
+    gains = gains_of(cost)
+    return [found[place] for place in sorted(gains, key=lambda place: -gains[place])[:PROPOSED]]
+
+
+def halving_parts(prompts: JointPrompts) -> tuple[JointPrompts, ...]:
+    """A quarter, a quarter and the rest of the prompts; all at once if they are few."""
+    count, quarter = len(prompts), len(prompts) // 4
+    if count < FEWEST_TO_HALVE:
+        return (prompts,)
+    ends = (0, quarter, 2 * quarter, count)
+    return tuple(prompts.between(start, stop) for start, stop in pairwise(ends))
 
 
 def _over_budgets(asked: _Asked, prompts: JointPrompts, plan: Plan, states: Sequence[State], **how: Any) -> np.ndarray:

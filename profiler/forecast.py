@@ -14,6 +14,7 @@ from flowmm.models import LoadedModel
 from flowmm.plans import ModelFingerprint
 from flowmm.profiler.decisions import (
     BUDGETS,
+    FEWEST_TO_HALVE,
     GATES,
     OPERATORS,
     PROPOSED,
@@ -72,7 +73,7 @@ class LayerMeasurements:
             feeds += runs * (1 + self.choices) * _batches(len(RATIOS)) * layers
         if self.choices:
             prefills += 0 if joint else runs * (ROUNDS + 2)
-            feeds += round(runs * _choice_batches(layers))
+            feeds += round(runs * _choice_batches(layers, halving=self.prompts >= 2 * FEWEST_TO_HALVE))
         if joint:
             prefills += runs
             # A first path on half of the prompts, to choose by. Every cut asks every layer again, at worst.
@@ -94,13 +95,17 @@ def _batches(variants: int) -> int:
     return -(-variants // ROWS_PER_BATCH)
 
 
-def _choice_batches(layers: int) -> float:
-    """Batches of caches per prompt and protocol."""
+def _choice_batches(layers: int, *, halving: bool) -> float:
+    """Batches of caches per prompt and protocol; `halving`: two quarters of the prompts rule out proposals."""
     parts = len(blocks(layers))
     asked = len(SELECTIONS) * parts * (parts + 1) // 2 + parts * (len(OPERATORS) + len(SIMILARITIES) + len(GATES) + 3)
+    proposed = float(_batches(1 + asked))
+    if halving:
+        half, quarter = (_batches(1 + -(-asked // share)) for share in (2, 4))
+        proposed = (proposed + half + 2 * quarter) / 4
     confirmed = len(BUDGETS) * (1 + PROPOSED)
     # One half proposes and the other confirms; at the end all look at every chosen layer twice.
-    return ROUNDS * (_batches(1 + asked) + _batches(confirmed)) / 2 + 2 * _batches(len(BUDGETS) * (1 + layers))
+    return ROUNDS * (proposed + _batches(confirmed)) / 2 + 2 * _batches(len(BUDGETS) * (1 + layers))
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,10 @@ class JointPrompts:
         part = list(self.trials)[start::step] or list(self.trials)
         return replace(self, trials={place: self.trials[place] for place in part})
 
+    def between(self, start: int, stop: int) -> JointPrompts:
+        """Those from `start` up to `stop`, counted among these."""
+        return replace(self, trials=dict(list(self.trials.items())[start:stop]))
+
     def _readings(self, place: int) -> tuple[Reading, ...]:
         if self.held is not None and place in self.held:
             return self.held[place]

@@ -18,8 +18,8 @@ from flowmm.runtime.rotary import Rotary
 from flowmm.runtime.shared import Shared
 
 # Rounds of a k-center that is not told how many entries to pick at a time: enough to tell near-duplicates apart, few
-# enough that a prompt of tens of thousands of tokens waits for none of them.
-KCENTER_ROUNDS = 16
+# enough that a prompt of tens of thousands of tokens waits for none of them. Short prompts can afford more.
+LEAST_ROUNDS, MOST_ROUNDS, ROUNDS_TIMES_LENGTH = 16, 64, 2**15
 # From so many tokens on, a k-center looks at every second entry, as long as that leaves so many for each it picks. At
 # every fourth, the rare entries that it misses cost answers; docs/runtime.md has the numbers.
 KCENTER_WHOLE = 4096
@@ -102,16 +102,14 @@ def column_mean_score(view: LayerView, rows: float | None) -> Tensor:
 def kcenter(view: LayerView, picks: float | None) -> Tensor:
     """Greedy k-center on content: the entries farthest from everything kept so far, `picks` at a time.
 
-    Without a number, as many at a time as make at most :data:`KCENTER_ROUNDS` rounds. A long prompt offers
+    Without a number, as many at a time as make at most :func:`_rounds` rounds. A long prompt offers
     evenly spaced candidates instead of all entries, see :data:`KCENTER_WHOLE`. Scores are minus the order of the pick;
     an entry that was never picked has -inf.
     """
     content, length, strides = view.content, view.key.shape[2], _strides(view)
     candidates, entries, unit = view.shared.once(("distances", strides), lambda: _distances(view, strides))
-    batch = min(int(picks or -(-view.slots // KCENTER_ROUNDS)), candidates.shape[2])
-    rounds = -(-view.slots // batch) if picks else min(KCENTER_ROUNDS, view.slots)
-    # Each row of a batch at its own pace, so that its neighbours change nothing.
-    pace = torch.full_like(view.free, batch) if picks else (view.free / KCENTER_ROUNDS).ceil().clamp(min=1)
+    batch, rounds, pace = _pace(view, picks)
+    batch = min(batch, candidates.shape[2])
     taken = torch.arange(batch, device=entries.device) < pace[:, None, None]
     # Minus infinity: not open, or picked; the slot behind the last entry stands for none.
     open_entries = torch.nn.functional.pad(view.open, (0, 1)).gather(2, candidates)
@@ -134,14 +132,34 @@ def kcenter(view: LayerView, picks: float | None) -> Tensor:
     return never.scatter(2, picks_in_order, ranks.expand_as(picks_in_order))[..., :-1]
 
 
+def _pace(view: LayerView, picks: float | None) -> tuple[int, int, Tensor]:
+    """Entries picked in a round at most, rounds, and the entries ``[B]`` that each row picks in one of its rounds."""
+    if picks:
+        batch = int(picks)
+        return batch, -(-view.slots // batch), torch.full_like(view.free, batch)
+    # Each row of a batch at its own pace, so that its neighbours change nothing.
+    rounds = [_rounds(length) for length in view.layout.lengths]
+    counts = list(zip(rounds, _row_slots(view), strict=True))
+    pace = (view.free / torch.tensor(rounds, device=view.free.device)).ceil().clamp(min=1)
+    return max(-(-count // of) for of, count in counts), max(min(of, count) for of, count in counts), pace
+
+
+def _rounds(length: int) -> int:
+    """Rounds for a prompt of so many tokens: entries picked together do not see each other, but a round takes time."""
+    return min(max(ROUNDS_TIMES_LENGTH // length, LEAST_ROUNDS), MOST_ROUNDS)
+
+
+def _row_slots(view: LayerView) -> tuple[int, ...]:
+    return view.row_slots or (view.slots,) * len(view.layout.lengths)
+
+
 def _strides(view: LayerView) -> tuple[int, ...]:
     """How far apart the candidates of each row are."""
-    slots = view.row_slots or (view.slots,) * len(view.layout.lengths)
     return tuple(
         1
         if length < KCENTER_WHOLE
         else max(1, min(ENTRIES_PER_CANDIDATE, length // max(1, CANDIDATES_PER_PICK * count)))
-        for length, count in zip(view.layout.lengths, slots, strict=True)
+        for length, count in zip(view.layout.lengths, _row_slots(view), strict=True)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,9 @@ class Simulated:
             len(range(start, self.count, step)), self.effect, self.noise, int(self.generator.integers(10**9))
         )
 
+    def between(self, start: int, stop: int) -> Simulated:
+        return Simulated(stop - start, self.effect, self.noise, int(self.generator.integers(10**9)))
+
     def costs(self, arrangements: Any, **_: Any) -> np.ndarray:
         mean = np.array([1.0 - self.effect(one) for one in arrangements])
         return np.maximum(0, mean + self.noise * self.generator.normal(size=(self.count, len(mean))))
@@ -141,6 +145,24 @@ def test_what_holds_on_both_halves_is_chosen_also_where_layers_must_change_toget
     assert found[3].merge == "evict"
     for choice in filter(None, found):
         assert choice.cost[1] < choice.cost[0]
+
+
+@pytest.mark.parametrize(("prompts", "parts"), [(7, (1,)), (8, (1, 0.5, 0.25)), (19, (1, 0.5, 0.25))])
+def test_each_part_of_the_proposing_prompts_measures_half_as_many(
+    plan: Plan, prompts: int, parts: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def costs(self: Simulated, arrangements: Any, **_: Any) -> np.ndarray:
+        asked.append((len(self), len(arrangements)))
+        return np.ones((len(self), len(arrangements)))
+
+    monkeypatch.setattr(Simulated, "costs", costs)
+    simulated: Any = Simulated(2 * prompts, wins, 0.0)
+    assert measure_choices(simulated, plan) == (None,) * 4
+    proposed = len(list(proposals(plan, ({},) * 4)))
+    assert [count for _, count in asked] == [1 + math.ceil(proposed * part) for part in parts]
+    assert sum(count for count, _ in asked) == prompts
 
 
 def test_noise_alone_seldom_chooses(plan: Plan) -> None:

@@ -73,7 +73,7 @@ def test_selectors_keep_exactly_the_budget(selector: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
-@pytest.mark.parametrize("options", [{}, {"image_quota": 0.5}, {"modality_floor": 0.2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"image_quota": 0.0}, {"image_quota": 0.5}, {"modality_floor": 0.2}], ids=str)
 def test_selectors_ignore_padding(selector: str, options: dict[str, float]) -> None:
     method = MethodParameters(selector=selector, proxies="last_text:4", n_sink=2, **options)  # ty: ignore[invalid-argument-type]
     query, key, value, layout = a_layer(1, 40)
@@ -106,7 +106,7 @@ def test_column_mean_equals_the_dense_mean() -> None:
 def test_kcenter_is_greedy_farthest_first() -> None:
     query, key, value, layout = a_layer(3, 30)
     rotary = rotary_of(30)
-    method = MethodParameters(selector="kcenter:1", keep_proxies=False, n_sink=1, gate=False)
+    method = MethodParameters(selector="kcenter:1", keep_proxies=False, n_sink=1, image_quota=0.0, gate=False)
     kept = positions(method, 7, (query, key, value, layout), rotary)
     content = rotary.undo(key)[0]
     for head in range(2):
@@ -118,7 +118,7 @@ def test_kcenter_is_greedy_farthest_first() -> None:
 
 
 def test_a_long_prompt_offers_spaced_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
-    method = MethodParameters(selector="kcenter:1", keep_proxies=False, n_sink=1)
+    method = MethodParameters(selector="kcenter:1", keep_proxies=False, n_sink=1, image_quota=0.0)
     whole = positions(method, 5, a_layer(3, 40), rotary_of(40))
     assert bool((whole[..., 1:] % 2).any())
     monkeypatch.setattr(selection, "KCENTER_WHOLE", 40)
@@ -162,8 +162,8 @@ def test_rows_of_a_batch_have_their_own_candidates(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
 def test_the_first_of_two_selectors_picks_its_share(share: float) -> None:
     layer = a_layer(5, 40)
-    both = MethodParameters(selector="random+uniform", first_share=share, keep_proxies=False, n_sink=0)
-    alone = MethodParameters(selector="random", keep_proxies=False, n_sink=0)
+    both = MethodParameters(selector="random+uniform", first_share=share, keep_proxies=False, n_sink=0, image_quota=0.0)
+    alone = MethodParameters(selector="random", keep_proxies=False, n_sink=0, image_quota=0.0)
     kept, first = (
         positions(both, 12, layer, rotary_of(40)),
         positions(alone, int(12 * share) or 1, layer, rotary_of(40)),
@@ -172,12 +172,12 @@ def test_the_first_of_two_selectors_picks_its_share(share: float) -> None:
         assert set(first[0, head].tolist()) <= set(kept[0, head].tolist()) or share == 0
     if share in (0.0, 1.0):
         name = "random" if share else "uniform"
-        only = MethodParameters(selector=name, keep_proxies=False, n_sink=0)
+        only = MethodParameters(selector=name, keep_proxies=False, n_sink=0, image_quota=0.0)
         assert kept.equal(positions(only, 12, layer, rotary_of(40)))
 
 
 def test_uniform_is_evenly_spaced() -> None:
-    method = MethodParameters(selector="uniform", keep_proxies=False, n_sink=0)
+    method = MethodParameters(selector="uniform", keep_proxies=False, n_sink=0, image_quota=0.0)
     kept = positions(method, 10, a_layer(0, 40), rotary_of(40))
     assert kept[0, 0].tolist() == list(range(3, 40, 4))
 
@@ -188,7 +188,7 @@ def test_quotas_reach_every_image_and_modality() -> None:
     ids = image_ids(layout)
     assert ids.max() == 2
     assert (ids > 0).equal(layout.visual)
-    options = {"keep_proxies": False, "n_sink": 0, "selector": "random:1"}
+    options = {"keep_proxies": False, "n_sink": 0, "selector": "random:1", "image_quota": 0.0}
     by_image = positions(MethodParameters.model_validate(options | {"image_quota": 1.0}), 12, layer, rotary_of(40))
     counts = torch.stack([(ids[0][by_image[0, 0]] == image).sum() for image in (1, 2)])
     assert (counts >= 3).all(), "each image holds a quarter of the prompt"
