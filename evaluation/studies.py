@@ -141,7 +141,10 @@ STUDIES = {
             "floors",
             "Modality floor and image quota",
             "Should each modality, or each image, be sure of a share of the entries?",
-            (around("robust", "image_quota=0.5", "image_quota=0", "image_quota=0,modality_floor=0.1", "image_quota=0,modality_floor=0.25"),),
+            (
+                around("robust", "image_quota=0.5", "image_quota=0"),
+                around("robust:image_quota=0", *(f"modality_floor={floor}" for floor in (0.1, 0.25))),
+            ),
         ),
         Study(
             "key_space",
