@@ -159,7 +159,8 @@ def test_static_decoding_is_compiled_where_merging_is(
 
 @pytest.mark.slow
 def test_compiled_static_decoding_answers_with_the_same_tokens(ask: Any, image: Path, capsys: Any) -> None:
-    words = ["--image", image, QUESTION, "--json"]
+    # In bf16 fused code rounds less often, and random weights give near-ties.
+    words = ["--image", image, QUESTION, "--json", "--dtype", "fp32"]
     assert ask(*words, tokens=8) == 0
     text = object_on_stdout(capsys)["text"]
     assert ask(*words, "--cache", "static", "--compile", tokens=8) == 0
