@@ -24,7 +24,7 @@ from torch import Tensor
 from flowmm.plans.files import write_atomic
 
 SUFFIX = ".code"
-# As many as torch.compile makes of one function.
+# As many as torch.compile makes of one function by default.
 MOST_VARIANTS = 8
 
 logger = logging.getLogger(__name__)
