@@ -30,19 +30,7 @@ def rows_attention(
     Returns:
         ``[B, Hkv, G, R, L]``, each row of a valid token sums to 1.
     """
-    batch, q_heads, length, dim = query.shape
-    kv_heads, count = key.shape[1], rows.shape[1]
-    picked = query.gather(2, rows[:, None, :, None].expand(batch, q_heads, count, dim))
-    folded = picked.reshape(batch, kv_heads, -1, dim)
-    scores = (folded.float() @ key.float().transpose(-1, -2)).mul_(scaling)
-    scores = scores.view(batch, kv_heads, -1, count, length)
-    if bias is not None:
-        scores += bias[:, :, None, None].float()
-    columns = torch.arange(length, device=key.device)
-    visible = (columns <= rows[..., None]) & valid[:, None, :]
-    # Added, because filling through a mask that is spread over heads costs several times as much.
-    hidden = scores.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))
-    return scores.add_(hidden[:, None, None]).softmax(-1)
+    return _causal_logits(query, key, rows, valid, scaling, bias).softmax(-1)
 
 
 def reduce_group(per_query_head: Tensor, reduce: GqaReduce) -> Tensor:
