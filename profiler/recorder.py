@@ -14,10 +14,10 @@ from flowmm.profiler.sinks import SINK_MASS, columns_as_classes, sink_candidates
 from flowmm.runtime.attention import attached
 from flowmm.runtime.flow import (
     INDICATOR_WIDTH,
+    RowSample,
     attention_with_class_mass,
     rho_per_head,
     rho_without,
-    sample_rows,
     sampled_rho,
     uniform_rho,
 )
@@ -27,15 +27,14 @@ from flowmm.runtime.prompt import PromptLayout
 MAX_SINKS = 4
 # Visual columns and the first tokens take two of the indicator columns.
 MAX_CANDIDATES = INDICATOR_WIDTH - 2
+# One for all, so that every layer and every rank looks at the same rows of a prompt.
 ROW_SEED = 0
-
-SampledRows = tuple[tuple[Tensor, Tensor], ...]
 
 
 class FlowRecorder:
     """A flow that runs the attention itself, with indicator columns, and notes each layer's class masses."""
 
-    def __init__(self, layout: PromptLayout, sinks: int, rows: SampledRows | None = None) -> None:
+    def __init__(self, layout: PromptLayout, sinks: int, rows: RowSample | None = None) -> None:
         self.layout = layout
         self.rows = rows
         self._first = layout.valid & (layout.rank < sinks)
@@ -119,7 +118,8 @@ def record_flow(model: Any, inputs: dict[str, Tensor], *, sampled_rows: int | No
     valid = inputs.get("attention_mask", torch.ones_like(ids)).bool()
     layout = PromptLayout.from_masks(visual_mask(model.config, ids), valid)
     sinks = _count_sinks(layout)
-    recorder = FlowRecorder(layout, sinks, None if sampled_rows is None else _draw_rows(layout, sampled_rows))
+    rows = None if sampled_rows is None else RowSample.draw(layout, sampled_rows, ROW_SEED)
+    recorder = FlowRecorder(layout, sinks, rows)
     with attached(model, lambda _: recorder):
         model(**inputs, use_cache=False, logits_to_keep=1)
     return PromptFlow(
@@ -136,9 +136,3 @@ def _count_sinks(layout: PromptLayout) -> int:
     """Text tokens before the first visual one, at most :data:`MAX_SINKS`."""
     first_visual = torch.where(layout.visual.any(), (layout.rank + (~layout.visual) * layout.valid.shape[1]).min(), 0)
     return min(MAX_SINKS, int(first_visual))
-
-
-def _draw_rows(layout: PromptLayout, count: int) -> SampledRows:
-    """The same rows for every layer and on every rank."""
-    generator = torch.Generator().manual_seed(ROW_SEED)
-    return tuple(sample_rows(stratum, count, generator) for stratum in (layout.visual, layout.valid & ~layout.visual))

@@ -17,7 +17,7 @@ from flowmm.plans.method import MASS_RULES, parse_rule, parse_selector
 from flowmm.runtime.attention import attend_compressed
 from flowmm.runtime.budgets import Entries
 from flowmm.runtime.compression import MergeOperation, compress_layer, cross_rows
-from flowmm.runtime.flow import sample_rows, sampled_rho
+from flowmm.runtime.flow import RowSample, sampled_rho
 from flowmm.runtime.growing import Growing
 from flowmm.runtime.importance import spread_rows
 from flowmm.runtime.layer import FlowLayer
@@ -98,14 +98,14 @@ class RememberedRows:
         cls,
         layout: PromptLayout,
         proxies: Proxies,
-        rho_rows: tuple[tuple[Tensor, Tensor], ...],
+        rho_rows: RowSample | None,
         settings: CompressionSettings,
     ) -> Self:
         """Proxies, the row sample, and the rows whose attention a column mean is taken over."""
         wanted = torch.zeros_like(layout.valid[0])
         wanted[proxies.index.flatten()] = True
-        for index, _ in rho_rows if settings.measures_rho else ():
-            wanted[index.flatten()] = True
+        if rho_rows is not None:
+            wanted[rho_rows.index.flatten()] = True
         for rows in {rows for method in settings.methods for rows in _column_mean_rows(method)}:
             index, _ = spread_rows(layout, rows)
             wanted[index.flatten()] = True
@@ -134,7 +134,7 @@ class Prompt:
         proxies: rows that give importance.
         counts: per layer, the entries that each row keeps.
         whole: every layer keeps everything: the host's attention runs untouched.
-        rho_rows: sampled visual and text rows for an online rho; empty where none is measured.
+        rho_rows: sampled visual and text rows for an online rho; ``None`` where none is measured.
         record: filled layer by layer.
         rows: columns whose queries must be remembered, because the prompt comes in several calls; ``None``: it comes
             in one.
@@ -144,7 +144,7 @@ class Prompt:
     proxies: Proxies
     counts: tuple[tuple[int, ...], ...]
     whole: bool
-    rho_rows: tuple[tuple[Tensor, Tensor], ...]
+    rho_rows: RowSample | None
     record: PrefillRecord
     rows: RememberedRows | None = None
 
@@ -159,11 +159,8 @@ class Prompt:
             raise InputError(f"row {layout.lengths.index(0)} of the batch holds nothing but padding")
         by_row = [settings.entries(length) for length in layout.lengths]
         counts = tuple(zip(*by_row, strict=True))
-        generator = torch.Generator().manual_seed(settings.seed)
-        strata = (layout.visual, layout.valid & ~layout.visual)
         proxies = find_proxies(layout, settings.method.proxies)
-        sampled = strata if settings.measures_rho else ()
-        rho_rows = tuple(sample_rows(stratum, settings.rho_rows, generator) for stratum in sampled)
+        rho_rows = RowSample.draw(layout, settings.rho_rows, settings.seed) if settings.measures_rho else None
         return cls(
             layout=layout,
             proxies=proxies,
@@ -456,7 +453,8 @@ class FlowCache(Cache):
         mode, method, counts = settings.modes[layer], settings.method_of(layer), prompt.counts[layer]
         key, value = states.first_entries(prompt.width)
         rotary = None if self._rotary is None else self._rotary.first(prompt.width)
-        rho = sampled_rho(query, key, layout, prompt.rho_rows, scaling) if settings.measures_rho else None
+        rows = prompt.rho_rows
+        rho = None if rows is None else sampled_rho(query, key, layout, rows, scaling)
         cross = cross_rows(mode, None if rho is None else rho.rho, layout, method)
         if settings.check is not None and rho is not None:
             cross = settings.check.adapt(cross, rho, layer, method)

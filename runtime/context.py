@@ -27,9 +27,9 @@ from flowmm.runtime.report import RunReport, build_report
 from flowmm.runtime.saved import load_context, save_context
 from flowmm.runtime.static_cache import StaticFlowCache
 
-# Rows per modality that rho is sampled from: few where it is compared with a plan (1 to 2 % of a prefill of 2,000
+# Rows per modality that rho is sampled from: few where it is compared with a plan (less than 2 % of a prefill of 2,000
 # tokens, less of a longer one), more where it decides a mode.
-ROWS_THAT_CHECK = 24
+ROWS_THAT_CHECK = 20
 ROWS_THAT_DECIDE = 128
 
 

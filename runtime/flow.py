@@ -6,15 +6,22 @@ Exact masses come from one fused attention call whose values carry indicator col
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from flowmm.runtime.importance import rows_attention
 from flowmm.runtime.prompt import PromptLayout
 
 # Fused kernels want the value width of a multiple of 8; seven columns are free for further classes.
 INDICATOR_WIDTH = 8
+# Logits of sampled rows taken together: what fits a core's cache; on a device, what is worth starting its kernels.
+LOGITS_ON_HOST = 2**18
+LOGITS_ON_DEVICE = 2**24
+# A row is drawn at one of so many places in its stretch: integers, so that every device draws the same.
+PLACES = 2**20
 
 
 def attention_with_class_mass(
@@ -112,56 +119,99 @@ def uniform_rho(layout: PromptLayout) -> Tensor:
 
 
 def sample_rows(candidates: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Up to `count` rows per batch element drawn without replacement from `candidates` ``[B, L]`` bool.
+    """One random row from each of `count` equal stretches of the candidates ``[B, L]`` bool, or all if they are fewer.
 
-    Returns index ``[B, R]`` long, ascending, and used ``[B, R]`` bool with ``R = min(count, L)``.
+    Attention of a row depends on where it is, so that rows from everywhere say more than as many from anywhere. Each
+    candidate is as likely as any other, and the draw does not depend on padding.
+
+    Returns index ``[B, R]`` long, ascending, and used ``[B, R]`` bool, the first ones, with ``R = min(count, L)``.
     """
     count = min(count, candidates.shape[-1])
-    ticket = torch.rand(candidates.shape, generator=generator).to(candidates.device)
-    order = ticket.masked_fill(~candidates, 2.0).argsort(dim=-1)[:, :count]
-    order = order.sort(dim=-1).values
-    return order, candidates.gather(1, order)
+    ranks = candidates.cumsum(-1)
+    own = ranks[:, -1:]
+    drawn, turn = own.clamp(max=count), torch.arange(count, device=own.device)
+    place = turn * PLACES + torch.randint(PLACES, (count,), generator=generator).to(own.device)
+    rank = (place * own).div(drawn.clamp(min=1) * PLACES, rounding_mode="floor")
+    index = torch.searchsorted(ranks, rank + 1).clamp(max=candidates.shape[-1] - 1)
+    return index, turn < drawn
 
 
-def sampled_rho(
-    query: Tensor, key: Tensor, layout: PromptLayout, rows: tuple[tuple[Tensor, Tensor], ...], scaling: float
-) -> RhoEstimate:
+@dataclass(frozen=True)
+class RowSample:
+    """Rows that rho is estimated from, stratified by modality, and what each of them counts; the same in every layer.
+
+    Attributes:
+        index: ``[B, R]`` long, sampled visual rows and behind them sampled text rows.
+        used: ``[B, R]`` bool.
+        start: ``[B]`` fp32, share of visual rows: rho if no row had any mass on visual columns.
+        weights: ``[B, R]`` fp32, what a row's mass on visual columns adds to rho; negative for visual rows.
+        steps: ``[B, R - 1]`` fp32, what a squared difference of neighbours adds to the variance.
+    """
+
+    index: Tensor
+    used: Tensor
+    start: Tensor
+    weights: Tensor
+    steps: Tensor
+
+    @classmethod
+    def draw(cls, layout: PromptLayout, count: int, seed: int) -> Self:
+        """`count` rows of each modality, see :func:`sample_rows`."""
+        generator = torch.Generator().manual_seed(seed)
+        strata = layout.visual, layout.valid & ~layout.visual
+        return cls.of(layout, *(sample_rows(stratum, count, generator) for stratum in strata))
+
+    @classmethod
+    def of(cls, layout: PromptLayout, visual: tuple[Tensor, Tensor], text: tuple[Tensor, Tensor]) -> Self:
+        """Of (index, used) of visual and of text rows, each ascending and used ones first."""
+        total = layout.valid.sum(-1, keepdim=True).float()
+        weights, steps = [], []
+        for (_, used), stratum in ((visual, layout.visual), (text, layout.valid & ~layout.visual)):
+            size, drawn = stratum.sum(-1, keepdim=True), used.sum(-1, keepdim=True)
+            share = size / total
+            unseen = (1 - drawn / size.clamp(min=1)).clamp(min=0)
+            step = share.square() * unseen / (2 * drawn * (drawn - 1)).clamp(min=1)
+            weights.append(torch.where(used, share / drawn.clamp(min=1), 0.0))
+            # Nothing between the last row of one modality and the first of the other.
+            steps.append(pad(torch.where(used[:, 1:], step, 0.0), (0, 1)))
+        return cls(
+            index=torch.cat([visual[0], text[0]], dim=-1),
+            used=torch.cat([visual[1], text[1]], dim=-1),
+            start=(layout.visual.sum(-1, keepdim=True) / total)[:, 0],
+            weights=torch.cat([-weights[0], weights[1]], dim=-1),
+            steps=torch.cat(steps, dim=-1)[:, :-1],
+        )
+
+
+def sampled_rho(query: Tensor, key: Tensor, layout: PromptLayout, rows: RowSample, scaling: float) -> RhoEstimate:
     """Unbiased rho from sampled rows, stratified by modality: ``(n_V mean_V + n_T mean_T) / L``.
 
     Args:
         query: ``[B, Hq, L, D]``.
         key: ``[B, Hkv, L, D]``.
         layout: modality and padding.
-        rows: (index, used) of the sampled visual rows and of the sampled text rows, see :func:`sample_rows`.
+        rows: the sample.
         scaling: softmax scale.
 
     Returns:
-        Estimate over all heads; the standard error includes the finite-population correction, so it is 0 when every
-        row was drawn.
+        Estimate over all heads. The standard error is that of neighbours' differences, rather too large than too small
+        where rho drifts along the prompt; with the finite-population correction it is 0 when every row was drawn.
     """
-    total = layout.valid.sum(-1).float()
-    rho, variance = torch.zeros_like(total), torch.zeros_like(total)
-    for (index, used), stratum, other in zip(
-        rows, (layout.visual, layout.valid & ~layout.visual), (~layout.visual, layout.visual), strict=True
-    ):
-        crossing = _row_masses(query, key, index, layout.valid, other & layout.valid, scaling)
-        size, drawn = stratum.sum(-1).float(), used.sum(-1).float()
-        mean = torch.where(used, crossing, 0.0).sum(-1) / drawn.clamp(min=1)
-        spread = torch.where(used, (crossing - mean[:, None]).square(), 0.0).sum(-1) / (drawn - 1).clamp(min=1)
-        correction = (1 - drawn / size.clamp(min=1)).clamp(min=0)
-        rho = rho + size / total * mean
-        variance = variance + (size / total).square() * spread * correction / drawn.clamp(min=1)
-    return RhoEstimate(rho, variance.sqrt())
+    masses = torch.where(rows.used, _visual_masses(query, key, rows.index, layout, scaling), 0.0)
+    variance = (masses.diff(dim=-1).square() * rows.steps).sum(-1)
+    return RhoEstimate(rows.start + (masses * rows.weights).sum(-1), variance.sqrt())
 
 
-def _row_masses(query: Tensor, key: Tensor, index: Tensor, valid: Tensor, columns: Tensor, scaling: float) -> Tensor:
-    """``[B, R]`` mass of each row on `columns`, averaged over heads: fused attention on an indicator as its value."""
-    batch, q_heads, length, dim = query.shape
-    rows = query.gather(2, index[:, None, :, None].expand(batch, q_heads, index.shape[1], dim))
-    indicator = pad(columns[:, None, :, None].to(key.dtype), (0, dim - 1)).expand_as(key)
-    visible = (torch.arange(length, device=key.device) <= index[..., None]) & valid[:, None]
-    grouped = q_heads != key.shape[1]
-    output = scaled_dot_product_attention(
-        rows, key, indicator, attn_mask=visible[:, None], scale=scaling, enable_gqa=grouped
-    )
-    return output[..., 0].float().mean(1)
+def _visual_masses(query: Tensor, key: Tensor, index: Tensor, layout: PromptLayout, scaling: float) -> Tensor:
+    """``[B, R]`` mass of each row on visual columns, averaged over heads; rows of padding have none (NaN)."""
+    index, order = index.sort(dim=-1)
+    on_host = key.device.type == "cpu"
+    together = max(8, (LOGITS_ON_HOST if on_host else LOGITS_ON_DEVICE) // query[..., 0].numel())
+    visual = layout.visual.to(torch.float32)[:, None, None, :, None]
+    masses = []
+    for rows in index.split(together, dim=-1):
+        # No row sees a column behind the last of them. Elsewhere than on the host, asking which that is means waiting.
+        width = int(rows.max()) + 1 if on_host else key.shape[2]
+        attention = rows_attention(query, key[:, :, :width], rows, layout.valid[:, :width], scaling)
+        masses.append((attention @ visual[:, :, :, :width]).squeeze(-1).mean((1, 2)))
+    return torch.cat(masses, dim=-1).gather(1, order.argsort(dim=-1))

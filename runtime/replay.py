@@ -20,8 +20,8 @@ from flowmm.models import LoadedModel, text_config, visual_mask
 from flowmm.plans import MethodParameters, Mode, Plan
 from flowmm.runtime.attention import attached
 from flowmm.runtime.budgets import all_entries, planned_entries
-from flowmm.runtime.cache import CompressionSettings, FlowCache, Prompt
-from flowmm.runtime.flow import sampled_rho
+from flowmm.runtime.cache import CompressionSettings, FlowCache
+from flowmm.runtime.flow import RowSample, sampled_rho
 from flowmm.runtime.pivots import entries_at
 from flowmm.runtime.prompt import PromptLayout
 from flowmm.runtime.rotary import Rotary
@@ -185,7 +185,7 @@ class Prefill:
     def _sampled_rho(self) -> list[Tensor]:
         # The row sample of a real run: it depends on the settings' defaults alone.
         settings = CompressionSettings(MethodParameters(), modes=("online",), entries=all_entries(1))
-        rows = Prompt.of(self.layout, settings).rho_rows
+        rows = RowSample.draw(self.layout, settings.rho_rows, settings.seed)
         return [sampled_rho(query, key, self.layout, rows, self.scaling).rho for query, key, _ in self.states]
 
 

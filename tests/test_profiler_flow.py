@@ -13,7 +13,8 @@ from tiny import tiny_inputs, tiny_model
 from flowmm.models import visual_mask
 from flowmm.profiler import record_flow
 from flowmm.profiler.recorder import PromptFlow
-from flowmm.runtime.flow import rho_per_head, sample_rows, sampled_rho, uniform_rho
+from flowmm.runtime import flow
+from flowmm.runtime.flow import RowSample, rho_per_head, sample_rows, sampled_rho, uniform_rho
 from flowmm.runtime.prompt import PromptLayout
 
 PROMPT = [[5, -16, 7, -25, 9, -9, 40]]
@@ -119,9 +120,7 @@ def random_layer(seed: int, length: int, visual_share: float) -> tuple[Any, ...]
 @given(seed=st.integers(0, 2**20), length=st.integers(2, 80), share=st.sampled_from([0.0, 0.3, 0.8, 1.0]))
 def test_sampling_every_row_is_exact(seed: int, length: int, share: float) -> None:
     query, key, layout, rho = random_layer(seed, length, share)
-    generator = torch.Generator().manual_seed(0)
-    rows = tuple(sample_rows(stratum, length, generator) for stratum in (layout.visual, ~layout.visual))
-    estimate = sampled_rho(query, key, layout, rows, 8**-0.5)
+    estimate = sampled_rho(query, key, layout, RowSample.draw(layout, length, seed=0), 8**-0.5)
     assert estimate.rho.item() == pytest.approx(rho, abs=1e-5)
     assert estimate.standard_error.item() == pytest.approx(0.0, abs=1e-6)
 
@@ -130,13 +129,49 @@ def test_sampled_intervals_cover_the_truth() -> None:
     query, key, layout, rho = random_layer(3, 400, 0.6)
     covered, estimates = 0, []
     for seed in range(200):
-        generator = torch.Generator().manual_seed(seed)
-        rows = tuple(sample_rows(stratum, 24, generator) for stratum in (layout.visual, ~layout.visual))
-        estimate = sampled_rho(query, key, layout, rows, 8**-0.5)
+        estimate = sampled_rho(query, key, layout, RowSample.draw(layout, 24, seed), 8**-0.5)
         estimates.append(estimate.rho.item())
         covered += abs(estimate.rho.item() - rho) <= 1.96 * estimate.standard_error.item()
     assert sum(estimates) / len(estimates) == pytest.approx(rho, abs=0.005), "unbiased"
     assert 0.90 <= covered / 200 <= 0.99
+
+
+def test_sampled_rho_is_the_same_behind_padding_and_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, layout, _ = random_layer(4, 300, 0.6)
+    alone = sampled_rho(query, key, layout, RowSample.draw(layout, 24, seed=1), 8**-0.5)
+    padded = PromptLayout.from_masks(
+        torch.nn.functional.pad(layout.visual, (37, 0)), torch.nn.functional.pad(layout.valid, (37, 0))
+    )
+    shifted = [torch.nn.functional.pad(states, (0, 0, 37, 0)) for states in (query, key)]
+    rows = RowSample.draw(padded, 24, seed=1)
+    for logits in (1, 2**30):
+        monkeypatch.setattr(flow, "LOGITS_ON_HOST", logits)
+        behind = sampled_rho(*shifted, padded, rows, 8**-0.5)
+        torch.testing.assert_close(behind.rho, alone.rho)
+        torch.testing.assert_close(behind.standard_error, alone.standard_error)
+
+
+def test_rows_come_from_equal_stretches_and_all_are_as_likely() -> None:
+    candidates = torch.arange(50) % 7 != 0
+    places = candidates.nonzero().flatten()
+    drawn = torch.zeros(50)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4000):
+        index, used = sample_rows(candidates[None], 12, generator)
+        assert used.all()
+        assert candidates[index].all()
+        ranks = torch.searchsorted(places, index[0])
+        assert ((ranks // (len(places) / 12)).sub(torch.arange(12)).abs() <= 1).all()
+        drawn[index[0]] += 1
+    expected = 4000 * 12 / len(places)
+    assert (drawn[candidates] - expected).abs().max() < 5 * expected**0.5
+
+
+def test_rows_of_a_modality_with_few_or_none() -> None:
+    generator = torch.Generator().manual_seed(0)
+    index, used = sample_rows(torch.tensor([[0, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0]]).bool(), 5, generator)
+    assert index[0, :3].tolist() == [1, 3, 4]
+    assert used.sum(-1).tolist() == [3, 0]
 
 
 @settings(max_examples=25, deadline=None)

@@ -14,7 +14,14 @@ from flowmm.models import known_models
 from flowmm.plans import MethodParameters
 from flowmm.runtime.budgets import entry_budget
 from flowmm.runtime.compression import compress_layer, cross_rows
-from flowmm.runtime.flow import attention_with_class_mass, rho_per_head, rho_without_sinks, sampled_rho, uniform_rho
+from flowmm.runtime.flow import (
+    RowSample,
+    attention_with_class_mass,
+    rho_per_head,
+    rho_without_sinks,
+    sampled_rho,
+    uniform_rho,
+)
 from flowmm.runtime.importance import reduce_group
 from flowmm.runtime.matching import Assignment, assign, tau_threshold, unit_rows
 from flowmm.runtime.merging import OPERATORS, gather_group, merge
@@ -85,8 +92,9 @@ def test_rho_of_sampled_rows() -> None:
     given, expected = vector("rho_sampled_rows")
     query, key = query_and_key(given["A"])
     rows = [torch.tensor([given[name]]) for name in ("rows_visual", "rows_text")]
-    drawn = tuple((index, torch.ones_like(index, dtype=torch.bool)) for index in rows)
-    estimate = sampled_rho(query, key, layout_of(given["modality"]), drawn, 1.0)
+    layout = layout_of(given["modality"])
+    drawn = RowSample.of(layout, *((index, torch.ones_like(index, dtype=torch.bool)) for index in rows))
+    estimate = sampled_rho(query, key, layout, drawn, 1.0)
     assert estimate.rho.item() == pytest.approx(expected["rho_hat"], abs=1e-6)
 
 
