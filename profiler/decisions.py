@@ -205,12 +205,14 @@ def _promising(asked: _Asked, prompts: JointPrompts, plan: Plan, state: State) -
 
 
 def halving_parts(prompts: JointPrompts) -> tuple[JointPrompts, ...]:
-    """A quarter, a quarter and the rest of the prompts; all at once if they are few."""
-    count, quarter = len(prompts), len(prompts) // 4
-    if count < FEWEST_TO_HALVE:
-        return (prompts,)
-    ends = (0, quarter, 2 * quarter, count)
-    return tuple(prompts.between(start, stop) for start, stop in pairwise(ends))
+    """The prompts of each part, see :func:`halving_ends`."""
+    return tuple(prompts.between(start, stop) for start, stop in pairwise((0, *halving_ends(len(prompts)))))
+
+
+def halving_ends(prompts: int) -> tuple[int, ...]:
+    """Where the parts of so many prompts end: a quarter, a quarter and the rest; all at once if they are few."""
+    quarter = prompts // 4
+    return (prompts,) if prompts < FEWEST_TO_HALVE else (quarter, 2 * quarter, prompts)
 
 
 def _over_budgets(asked: _Asked, prompts: JointPrompts, plan: Plan, states: Sequence[State], **how: Any) -> np.ndarray:

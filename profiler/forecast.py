@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from operator import length_hint
 from typing import Any
 
@@ -14,7 +14,6 @@ from flowmm.models import LoadedModel
 from flowmm.plans import ModelFingerprint
 from flowmm.profiler.decisions import (
     BUDGETS,
-    FEWEST_TO_HALVE,
     GATES,
     OPERATORS,
     PROPOSED,
@@ -23,6 +22,7 @@ from flowmm.profiler.decisions import (
     SIMILARITIES,
     Budgets,
     blocks,
+    halving_ends,
 )
 from flowmm.profiler.joint_budgets import LEVELS, REACH, WIDTH
 from flowmm.profiler.recorder import record_flow
@@ -73,7 +73,7 @@ class LayerMeasurements:
             feeds += runs * (1 + self.choices) * _batches(len(RATIOS)) * layers
         if self.choices:
             prefills += 0 if joint else runs * (ROUNDS + 2)
-            feeds += round(runs * _choice_batches(layers, halving=self.prompts >= 2 * FEWEST_TO_HALVE))
+            feeds += round(runs * _choice_batches(layers, self.prompts))
         if joint:
             prefills += runs
             # A first path on half of the prompts, to choose by. Every cut asks every layer again, at worst.
@@ -95,16 +95,15 @@ def _batches(variants: int) -> int:
     return -(-variants // ROWS_PER_BATCH)
 
 
-def _choice_batches(layers: int, *, halving: bool) -> float:
-    """Batches of caches per prompt and protocol; `halving`: two quarters of the prompts rule out proposals."""
+def _choice_batches(layers: int, prompts: int) -> float:
+    """Batches of caches per prompt and protocol."""
     parts = len(blocks(layers))
     asked = len(SELECTIONS) * parts * (parts + 1) // 2 + parts * (len(OPERATORS) + len(SIMILARITIES) + len(GATES) + 3)
-    proposed = float(_batches(1 + asked))
-    if halving:
-        half, quarter = (_batches(1 + -(-asked // share)) for share in (2, 4))
-        proposed = (proposed + half + 2 * quarter) / 4
+    # Every other prompt proposes, and the others confirm; at the end all look at every chosen layer twice.
+    proposing = -(-prompts // 2)
+    sizes = [stop - start for start, stop in pairwise((0, *halving_ends(proposing)))]
+    proposed = sum(size * _batches(1 + -(-asked >> turn)) for turn, size in enumerate(sizes)) / proposing
     confirmed = len(BUDGETS) * (1 + PROPOSED)
-    # One half proposes and the other confirms; at the end all look at every chosen layer twice.
     return ROUNDS * (proposed + _batches(confirmed)) / 2 + 2 * _batches(len(BUDGETS) * (1 + layers))
 
 
