@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flowmm.errors import InputError
+from flowmm.plans.files import replacing
 
 IDENTITY_KEY = b"flowmm.identity"
 CHUNK_ROWS = 500
@@ -172,9 +172,5 @@ class RowStore:
     def _write(self, target: Path, rows: Iterable[Row]) -> None:
         metadata = {IDENTITY_KEY: json.dumps(self.identity, sort_keys=True).encode()}
         table = pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMA.with_metadata(metadata))
-        temporary = target.with_name(target.name + ".tmp")
-        try:
-            pq.write_table(table, temporary)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(target) as file:
+            pq.write_table(table, file)

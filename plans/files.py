@@ -1,9 +1,11 @@
-"""A plan's bytes on disk: bounded reading, atomic writing."""
+"""A plan's bytes on disk: bounded reading; atomic writing, of other files, too."""
 
 from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flowmm.errors import InputError, PlanFormatError
@@ -37,30 +39,34 @@ def read_text(path: Path) -> str:
         raise PlanFormatError(f"{path}, line {line}: not UTF-8 (byte {error.start}). Save the file as UTF-8") from error
 
 
+@contextmanager
+def replacing(path: Path) -> Generator[Path]:
+    """A file to write beside `path`, which takes its place when the block is left.
+
+    `path` holds the old content or the new one, never a part, even after a crash; after an exception it is as it was.
+    """
+    # A link stays a link: its target is replaced.
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        with temporary.open("r+b") as written:
+            os.fsync(written.fileno())
+        if target.exists():
+            temporary.chmod(target.stat().st_mode & 0o777)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write bytes, or text as UTF-8: `path` holds the old content or the new one, never a part, even after a crash.
+    """Write bytes, or text as UTF-8, by :func:`replacing`.
 
     Raises:
         InputError: the directory is missing or cannot be written; the old file is untouched.
     """
-    # A link stays a link: its target is replaced.
-    target = Path(os.path.realpath(path))
     try:
-        _replace(target, content.encode("utf-8") if isinstance(content, str) else content)
+        with replacing(path) as file:
+            file.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error}). Check the directory and its permissions") from error
-
-
-def _replace(target: Path, content: bytes) -> None:
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if target.exists():
-            temporary.chmod(target.stat().st_mode & 0o777)
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

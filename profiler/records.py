@@ -6,7 +6,6 @@ A part is written under a temporary name and renamed, so a kill leaves it whole 
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shutil
 import time
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flowmm.errors import InputError
+from flowmm.plans.files import replacing
 from flowmm.profiler.flows import LayerFlow, PromptFlow
 
 IDENTITY_KEY = b"flowmm.identity"
@@ -213,14 +213,9 @@ class RecordStore:
             return [_RowGroup(file, group, start) for group, start in enumerate(starts)]
 
     def _write(self, target: Path, tables: Iterable[pa.Table]) -> None:
-        temporary = target.with_name(target.name + ".tmp")
-        try:
-            with pq.ParquetWriter(temporary, _identified(self.identity)) as writer:
-                for table in tables:
-                    writer.write_table(table.replace_schema_metadata(_identified(self.identity).metadata))
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(target) as file, pq.ParquetWriter(file, _identified(self.identity)) as writer:
+            for table in tables:
+                writer.write_table(table.replace_schema_metadata(_identified(self.identity).metadata))
 
 
 @dataclass(frozen=True)

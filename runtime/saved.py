@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from flowmm.errors import ContextFormatError, ContextMismatchError, InputError
 from flowmm.plans import ModelFingerprint, Plan
+from flowmm.plans.files import replacing
 from flowmm.runtime.cache import CompressionSettings, FlowCache
 from flowmm.runtime.growing import Growing
 
@@ -64,18 +63,11 @@ def save_context(path: Path, cache: FlowCache, model: ModelFingerprint, plan: Pl
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    # A link stays a link: its target is replaced.
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        save_file(tensors, temporary, metadata)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(target)
+        with replacing(path) as file:
+            save_file(tensors, file, metadata)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be written ({error}). Check the directory and its free space") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
