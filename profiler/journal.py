@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmm.errors import InputError
-from flowmm.plans.files import write_atomic
+from flowmm.plans.files import replacing
 from flowmm.profiler.ranks import Ranks
 
 
@@ -46,9 +46,11 @@ class Journal:
                     break
                 good.append(line)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, b"\n".join(good) + b"\n")
-        except (OSError, InputError) as error:
-            raise InputError(f"{path}: cannot be used to resume ({error}); remove it or pass --no-resume") from error
+            with replacing(path) as file:
+                file.write_bytes(b"\n".join(good) + b"\n")
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"{path}: cannot be used to resume ({reason}); remove it or pass --no-resume") from error
 
     def get(self, key: str) -> list[float] | None:
         """What `key` was measured to be; None: not yet."""

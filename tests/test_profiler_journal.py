@@ -54,8 +54,9 @@ def test_without_a_file_nothing_is_kept() -> None:
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--no-resume"):
+    with pytest.raises(InputError, match=r"--no-resume") as caught:
         Journal(tmp_path, IDENTITY)
+    assert str(caught.value).count(str(tmp_path)) == 1
 
 
 class Meeting:
