@@ -24,6 +24,7 @@ from flowmm.errors import DriftError, FlowmmError, InputError
 if TYPE_CHECKING:
     from flowmm.plans import Plan, PlanDiff
     from flowmm.plans.diff_statistics import Moments
+    from flowmm.profiler.profiling import Progress
 
 EXIT_CODES = """\b
 Exit codes:
@@ -456,8 +457,8 @@ def profile(
     preset: str | None,
     until_ci: float | None,
     max_bad: float,
-    layer_budgets: str | None,
-    protocol: str,
+    layer_budgets: Any,
+    protocol: Any,
     sensitivity_prompts: int,
     sample_rows: int | None,
     dry_run: bool,
@@ -492,6 +493,7 @@ def profile(
     from flowmm.profiler import profile as measure
     from flowmm.profiler.calibration import calibration_name
     from flowmm.profiler.kernel_caches import bound_kernel_caches
+    from flowmm.profiler.layer_questions import LayerQuestions
     from flowmm.profiler.progress import shown_progress
     from flowmm.profiler.ranks import is_first_rank, joined_ranks, rank_device, refuse_shared_stdin
 
@@ -504,9 +506,9 @@ def profile(
         _note("calibrating on built-in generated prompts; prompts like your own (--data FILE.jsonl) give a better plan")
     _calm_libraries()
     loaded = load_model(model, device=rank_device(device), **loading)
-    measurements = _layer_measurements(layer_budgets, decide == "measured", protocol, sensitivity_prompts)
+    questions = LayerQuestions(layer_budgets, decide == "measured", protocol, sensitivity_prompts)
     if dry_run:
-        _show_forecast(loaded, samples, measurements, as_json)
+        _show_forecast(loaded, samples, questions.measurements, as_json)
         return
     records = records or out.with_suffix(".records.parquet")
     with joined_ranks() as ranks:
@@ -525,10 +527,9 @@ def profile(
                 progress=progress,
                 on_skip=lambda sample: _note(f"skipped {sample.name}: {sample.reason}"),
             )
-        journal = _layers_journal(records if first else None, plan, protocol, sensitivity_prompts, resume)
-        plan = _with_measured_layers(
-            loaded, plan, samples, layer_budgets, measurements, quiet=quiet or not first, journal=journal, ranks=ranks
-        )
+        journal = questions.journal(records if first else None, plan, resume=resume)
+        with _one_bar_at_a_time(quiet or not first) as progress:
+            plan = questions.answer(loaded, plan, samples, progress=progress, journal=journal, ranks=ranks)
     if not first:
         return
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -545,76 +546,18 @@ def profile(
         _note(f"wrote {out} from {count} prompts in {seconds:.1f} s")
 
 
-def _protocols(protocol: str) -> tuple[str, ...]:
-    from flowmm.profiler.sensitivity import MIXED
-
-    return MIXED if protocol == "mixed" else (protocol,)
-
-
-def _layers_journal(records: Path | None, plan: Any, protocol: str, limit: int, resume: bool) -> Any:
-    """What an earlier run that was killed left beside the records about the layers of the same plan."""
-    from flowmm.profiler.journal import Journal, key_of
-
-    if records is None:
-        return Journal()
-    path = records.with_name(records.name + ".layers")
-    if not resume:
-        path.unlink(missing_ok=True)
-    timeless = plan.as_json() | {"created_at": None}
-    return Journal(path, {"plan": key_of(timeless), "protocol": protocol, "prompts": str(limit)})
-
-
-def _with_measured_layers(
-    loaded: Any,
-    plan: Any,
-    samples: Any,
-    rule: Any,
-    measurements: Any,
-    *,
-    quiet: bool,
-    journal: Any,
-    ranks: Any,
-) -> Any:
-    """`plan` with its budget split among the layers by `rule`, and with the layers' own choices if asked for."""
-    from contextlib import ExitStack
-
-    from flowmm.plans.budget_rules import MEASURED_RULES
-    from flowmm.profiler.attention_statistics import measure_statistic, with_rule_budgets
-    from flowmm.profiler.decisions import measure_layers
+@contextlib.contextmanager
+def _one_bar_at_a_time(quiet: bool) -> Generator[Callable[[str, str], Progress | None]]:
+    """A callback that begins the progress of one thing after another."""
     from flowmm.profiler.progress import shown_progress
 
-    with ExitStack() as shown:
+    with contextlib.ExitStack() as shown:
 
-        def progress(what: str, unit: str) -> Any:
-            # One bar at a time.
+        def begin(what: str, unit: str) -> Progress | None:
             shown.close()
             return shown.enter_context(shown_progress(quiet, what, unit))
 
-        if measurements.budgets is None:
-            statistic = None
-            if rule in MEASURED_RULES:
-                shown_here = progress("measured layers on", "prompts")
-                statistic = measure_statistic(loaded, rule, samples, limit=measurements.prompts, progress=shown_here)
-            plan = with_rule_budgets(plan, rule, statistic)
-        return measure_layers(
-            loaded,
-            plan,
-            samples,
-            budgets=measurements.budgets,
-            choices=measurements.choices,
-            limit=measurements.prompts,
-            protocols=measurements.protocols,
-            progress=progress,
-            journal=journal,
-            ranks=ranks,
-        )
-
-
-def _layer_measurements(rule: str, choices: bool, protocol: str, limit: int) -> Any:
-    from flowmm.profiler.forecast import LayerMeasurements
-
-    budgets: Any = rule if rule in ("measured", "joint") else None
-    return LayerMeasurements(prompts=limit, protocols=_protocols(protocol), budgets=budgets, choices=choices)
+        yield begin
 
 
 def _show_forecast(loaded: Any, samples: Any, measurements: Any, as_json: bool) -> None:
