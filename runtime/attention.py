@@ -269,6 +269,9 @@ def attend_one_token(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, sc
     """
     batch, q_heads, _, dim = query.shape
     kv_heads = key.shape[1]
-    heads = query.reshape(batch, kv_heads, q_heads // kv_heads, 1, dim).unbind(2)
-    logits = torch.stack([(head * key).sum(-1) * scaling + bias for head in heads], dim=2)
-    return torch.matmul(logits.softmax(-1), value).reshape(batch, 1, q_heads, dim)
+    query = (query * scaling).reshape(batch, kv_heads, q_heads // kv_heads, 1, dim)
+    # Heads are picked one by one: with several readers, the compiler stores the rotated queries before the loop over
+    # keys instead of rotating them again for every key.
+    logits = [(query[:, :, head] * key).sum(-1) + bias for head in range(query.shape[2])]
+    weights = torch.stack(logits, dim=2).softmax(-1)
+    return torch.matmul(weights, value).reshape(batch, 1, q_heads, dim)
