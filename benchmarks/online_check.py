@@ -7,7 +7,6 @@ the cost is that of a prefill on a random-weight model. ``--cost-only`` takes le
 from __future__ import annotations
 
 import argparse
-import ctypes
 import itertools
 import json
 import statistics
@@ -26,14 +25,13 @@ from flowmm.models.random_weights import image_prompt, random_model
 from flowmm.plans import Plan, resolve_plan, unprofiled_plan
 from flowmm.pocket.tasks import Sample, sample, samples
 from flowmm.runtime import OnlineCheck, cache
+from flowmm.runtime.allocator import keep_freed_memory
 from flowmm.runtime.bench import environment
 from flowmm.runtime.flow import sampled_rho
 from flowmm.runtime.online import CheckAction
 
 # Tokens of the prompts whose prefill is timed, and the share of the time that each gets.
 SHARES_OF_TIME = {2048: 0.65, 4096: 0.35}
-# Of mallopt(3).
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 RESULT = Path(__file__).with_name("results") / "online_check.json"
 
 
@@ -88,19 +86,6 @@ class _Timed:
         result = self.function(*args, **kwargs)
         self.seconds += time.process_time() - start
         return result
-
-
-def keep_freed_memory() -> bool:
-    """Tell glibc to hand freed memory out again instead of giving it back; False: it is another allocator's.
-
-    The pages that it asks back for make up 3 to 20 % of a prefill, by what the prefills before it left behind: more
-    than what is measured here, and as often without the check as with it.
-    """
-    try:
-        set_option = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    return all(set_option(option, value) for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 ``python benchmarks/runtime_cpu.py`` takes about a quarter of an hour on two idle cores; ``--part NAME`` measures one of
 the parts, ``--print`` shows what is committed. Nothing else should run on the machine.
+Freed memory stays with the process, because pages that come and go blur prefills by more than what is compared.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from flowmm.models.random_weights import random_model
+from flowmm.runtime.allocator import keep_freed_memory
 from flowmm.runtime.bench import Settings
 from flowmm.runtime.bench_grid import Cell, Limits, run_grid, table
 
@@ -56,6 +58,9 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="measure nothing; show what OUT holds")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    note = arguments.note
+    if keep_freed_memory():
+        note = f"{note}; freed memory kept".lstrip("; ")
     model = None if arguments.print else random_model(arguments.shape)
     for name in arguments.part or PARTS:
         path, part = arguments.out / f"runtime_cpu_{name}.json", PARTS[name]
@@ -63,7 +68,7 @@ def main() -> None:
             result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         else:
             limits = Limits(arguments.minutes, gib=12)
-            result = run_grid(model, part.cells, part.settings, limits=limits, out=path, note=arguments.note)
+            result = run_grid(model, part.cells, part.settings, limits=limits, out=path, note=note)
         print(f"== {name}\n{table(result) if result else f'{path} is not there'}\n", flush=True)
 
 
