@@ -4,6 +4,7 @@
 is the one that the plan was measured on; choices and budgets are measured once more, from nothing, on the calibration
 prompts that come after it. Both plans are then compared: by how much the budgets differ at each total, and by what they
 cost on fresh prompts that neither has seen (a bound on how likely the next token is another one, and next-token KL).
+What the second plan's budgets cost together with the first one's choices tells budgets from choices.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +45,13 @@ def remeasured(plan: Plan) -> Plan:
 
 
 def described(plans: Sequence[Plan], cost: np.ndarray, divergence: np.ndarray, index: int) -> dict[str, Any]:
-    """One total; `cost` and `divergence` are ``[fresh prompts, plans, totals]``."""
+    """One total; `cost` and `divergence` are ``[fresh prompts, arrangements, totals]``.
+
+    Arrangements are the first plan, the second, and the second's budgets with the first's choices.
+    """
     total = TOTALS[index]
     first, second = (np.array(plan.layer_budgets(total)) for plan in plans)
-    apart = cost[:, 1, index] - cost[:, 0, index]
+    apart, budgets_apart = (cost[:, other, index] - cost[:, 0, index] for other in (1, 2))
     n = len(apart) ** 0.5
     of_share = np.abs(first - second) / np.maximum(first, second)
     return {
@@ -59,10 +64,15 @@ def described(plans: Sequence[Plan], cost: np.ndarray, divergence: np.ndarray, i
         "standard_error_of_score": (cost[:, :, index].std(0, ddof=1) / n).round(5).tolist(),
         "second_minus_first": round(float(apart.mean()), 5),
         "standard_error_of_difference": round(float(apart.std(ddof=1) / n), 5),
+        "second_budgets_minus_first": round(float(budgets_apart.mean()), 5),
+        "standard_error_of_budgets": round(float(budgets_apart.std(ddof=1) / n), 5),
         "kl_nats": divergence[:, :, index].mean(0).round(5).tolist(),
         "within_a_tenth_of_each_share": bool(of_share.max() <= SHARE),
         "within_one_standard_error_of_score": bool(abs(apart.mean()) <= cost[:, :, index].std(0, ddof=1).min() / n),
         "within_one_standard_error_of_difference": bool(abs(apart.mean()) <= apart.std(ddof=1) / n),
+        "budgets_within_one_standard_error_of_score": bool(
+            abs(budgets_apart.mean()) <= cost[:, [0, 2], index].std(0, ddof=1).min() / n
+        ),
     }
 
 
@@ -103,7 +113,8 @@ def main() -> None:
     plans = [plan, other]
     fresh = JointPrompts.read(model, plan, samples[seen:], protocols=plan.sensitivity.protocols, hold=True)
     asked = [Arrangement.planned(each, total) for each in plans for total in TOTALS]
-    shape = (len(fresh), len(plans), len(TOTALS))
+    asked += [replace(Arrangement.planned(plan, total), ratios=other.layer_budgets(total)) for total in TOTALS]
+    shape = (len(fresh), -1, len(TOTALS))
     cost, divergence = fresh.costs(asked).reshape(shape), fresh.costs(asked, of="nats").reshape(shape)
     result = {
         "environment": environment(arguments.note),
