@@ -124,8 +124,7 @@ def test_compiled_rows_say_what_compiling_took(model: Any) -> None:
     rows = bench(model, image_prompt(model, 120), settings, bandwidth=Bandwidth(model.device, 8))
     assert [row.compiled for row in rows] == [False, True, True]
     assert [row.compile_token_s is None for row in rows] == [True, False, False]
-    assert rows[2].compile_prefill_s is not None
-    assert rows[2].compile_prefill_s > 0
+    assert [row.compile_prefill_s is None for row in rows] == [True, True, False]
 
 
 def test_shapes_are_what_they_are_called() -> None:
