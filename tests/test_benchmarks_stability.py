@@ -32,12 +32,16 @@ def test_a_second_measurement_starts_from_nothing_but_rho(plan: Plan) -> None:
 
 def test_stable_is_near_in_shares_or_near_in_score(plan: Plan) -> None:
     noise = np.random.default_rng(0)
-    cost = noise.exponential(1.0, (50, 1, len(TOTALS))).repeat(2, axis=1)
+    cost = noise.exponential(1.0, (50, 1, len(TOTALS))).repeat(3, axis=1)
     same = described([plan, plan], cost, cost, 0)
     assert same["within_a_tenth_of_each_share"]
     assert same["within_one_standard_error_of_score"]
     assert same["second_minus_first"] == 0
-    far = described([plan, remeasured(plan)], cost + np.array([0.0, 1.0])[:, None], cost, 0)
+    assert same["budgets_within_one_standard_error_of_score"]
+    far = described([plan, remeasured(plan)], cost + np.array([0.0, 1.0, 0.0])[:, None], cost, 0)
     assert not far["within_a_tenth_of_each_share"]
     assert not far["within_one_standard_error_of_score"]
     assert not far["within_one_standard_error_of_difference"]
+    assert far["budgets_within_one_standard_error_of_score"], "the choices made it cost more"
+    far = described([plan, remeasured(plan)], cost + np.array([0.0, 0.0, 1.0])[:, None], cost, 0)
+    assert not far["budgets_within_one_standard_error_of_score"]
