@@ -53,6 +53,7 @@ def described(plans: Sequence[Plan], cost: np.ndarray, divergence: np.ndarray, i
     first, second = (np.array(plan.layer_budgets(total)) for plan in plans)
     apart, budgets_apart = (cost[:, other, index] - cost[:, 0, index] for other in (1, 2))
     n = len(apart) ** 0.5
+    errors = cost[:, :, index].std(0, ddof=1) / n
     of_share = np.abs(first - second) / np.maximum(first, second)
     return {
         "total": total,
@@ -61,18 +62,16 @@ def described(plans: Sequence[Plan], cost: np.ndarray, divergence: np.ndarray, i
         "difference_of_share": of_share.round(3).tolist(),
         "entries_moved": round(float(np.abs(first - second).sum() / 2 / first.sum()), 4),
         "score": cost[:, :, index].mean(0).round(5).tolist(),
-        "standard_error_of_score": (cost[:, :, index].std(0, ddof=1) / n).round(5).tolist(),
+        "standard_error_of_score": errors.round(5).tolist(),
         "second_minus_first": round(float(apart.mean()), 5),
         "standard_error_of_difference": round(float(apart.std(ddof=1) / n), 5),
         "second_budgets_minus_first": round(float(budgets_apart.mean()), 5),
         "standard_error_of_budgets": round(float(budgets_apart.std(ddof=1) / n), 5),
         "kl_nats": divergence[:, :, index].mean(0).round(5).tolist(),
         "within_a_tenth_of_each_share": bool(of_share.max() <= SHARE),
-        "within_one_standard_error_of_score": bool(abs(apart.mean()) <= cost[:, :, index].std(0, ddof=1).min() / n),
+        "within_one_standard_error_of_score": bool(abs(apart.mean()) <= errors[:2].min()),
         "within_one_standard_error_of_difference": bool(abs(apart.mean()) <= apart.std(ddof=1) / n),
-        "budgets_within_one_standard_error_of_score": bool(
-            abs(budgets_apart.mean()) <= cost[:, [0, 2], index].std(0, ddof=1).min() / n
-        ),
+        "budgets_within_one_standard_error_of_score": bool(abs(budgets_apart.mean()) <= errors[[0, 2]].min()),
     }
 
 

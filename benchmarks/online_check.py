@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 import flowmm
-from flowmm.models import LoadedModel, fingerprint_model, load_model
+from flowmm.models import LoadedModel, load_model
 from flowmm.models.random_weights import image_prompt, random_model
-from flowmm.plans import Plan, resolve_plan, unprofiled_plan
+from flowmm.plans import Plan, resolve_plan
 from flowmm.pocket.tasks import Sample, sample, samples
 from flowmm.runtime import OnlineCheck, cache
 from flowmm.runtime.allocator import keep_freed_memory
-from flowmm.runtime.bench import environment
+from flowmm.runtime.bench import environment, fixed_plan
 from flowmm.runtime.flow import sampled_rho
 from flowmm.runtime.online import CheckAction
 
@@ -95,9 +95,7 @@ def cost(model: Any, length: int, seconds: float) -> dict[str, Any]:
     functions as a share of the prefill, which other processes disturb less.
     """
     inputs = image_prompt(model, length)
-    plan = unprofiled_plan(fingerprint_model(model), flowmm_version=flowmm.__version__)
-    layers = [layer.model_copy(update={"mode": "cross", "forced": True}) for layer in plan.layers]
-    plan = plan.model_copy(update={"layers": tuple(layers)})
+    plan = fixed_plan(model)
     own = _Timed(sampled_rho)
 
     def prefill(check: CheckAction | None) -> float:

@@ -58,9 +58,8 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="measure nothing; show what OUT holds")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    note = arguments.note
-    if keep_freed_memory():
-        note = f"{note}; freed memory kept".lstrip("; ")
+    kept = "freed memory kept" if keep_freed_memory() else ""
+    note = "; ".join(filter(None, (arguments.note, kept)))
     model = None if arguments.print else random_model(arguments.shape)
     for name in arguments.part or PARTS:
         path, part = arguments.out / f"runtime_cpu_{name}.json", PARTS[name]

@@ -79,7 +79,7 @@ class FlowRecorder:
                 deleted,
             ),
             "text_mass_of_visual": _mean_over(1 - visual, layout.visual[:, None]),
-            "visual_mass_of_text": _mean_over(visual, (layout.valid & ~layout.visual)[:, None]),
+            "visual_mass_of_text": _mean_over(visual, layout.text[:, None]),
             "sink_mass": _mean_over(first, layout.valid[:, None]),
             "sink_columns": torch.where(is_sink, candidates, -1),
             "sink_column_masses": candidate_mass,

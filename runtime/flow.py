@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from flowmm.runtime.importance import rows_attention
+from flowmm.runtime.importance import LOGITS_AT_A_TIME, rows_attention
 from flowmm.runtime.prompt import PromptLayout
 
 # Fused kernels want the value width of a multiple of 8; seven columns are free for further classes.
 INDICATOR_WIDTH = 8
-# Logits of sampled rows taken together: what fits a core's cache; on a device, what is worth starting its kernels.
-LOGITS_ON_HOST = 2**18
+# On a device, logits of sampled rows are taken together until starting its kernels is worth it.
 LOGITS_ON_DEVICE = 2**24
 # A row is drawn at one of so many places in its stretch: integers, so that every device draws the same.
 PLACES = 2**20
@@ -158,7 +157,7 @@ class RowSample:
     def draw(cls, layout: PromptLayout, count: int, seed: int) -> Self:
         """`count` rows of each modality, see :func:`sample_rows`."""
         generator = torch.Generator().manual_seed(seed)
-        strata = layout.visual, layout.valid & ~layout.visual
+        strata = layout.visual, layout.text
         return cls.of(layout, *(sample_rows(stratum, count, generator) for stratum in strata))
 
     @classmethod
@@ -166,7 +165,7 @@ class RowSample:
         """Of (index, used) of visual and of text rows, each ascending and used ones first."""
         total = layout.valid.sum(-1, keepdim=True).float()
         weights, steps = [], []
-        for (_, used), stratum in ((visual, layout.visual), (text, layout.valid & ~layout.visual)):
+        for (_, used), stratum in ((visual, layout.visual), (text, layout.text)):
             size, drawn = stratum.sum(-1, keepdim=True), used.sum(-1, keepdim=True)
             share = size / total
             unseen = (1 - drawn / size.clamp(min=1)).clamp(min=0)
@@ -206,7 +205,7 @@ def _visual_masses(query: Tensor, key: Tensor, index: Tensor, layout: PromptLayo
     """``[B, R]`` mass of each row on visual columns, averaged over heads; rows of padding have none (NaN)."""
     index, order = index.sort(dim=-1)
     on_host = key.device.type == "cpu"
-    together = max(8, (LOGITS_ON_HOST if on_host else LOGITS_ON_DEVICE) // query[..., 0].numel())
+    together = max(8, (LOGITS_AT_A_TIME if on_host else LOGITS_ON_DEVICE) // query[..., 0].numel())
     visual = layout.visual.to(torch.float32)[:, None, None, :, None]
     masses = []
     for rows in index.split(together, dim=-1):

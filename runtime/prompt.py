@@ -34,9 +34,14 @@ class PromptLayout:
         return min(self.lengths) < self.valid.shape[-1]
 
     @property
+    def text(self) -> Tensor:
+        """``[B, L]`` bool: valid and not visual."""
+        return self.valid & ~self.visual
+
+    @property
     def mixed(self) -> Tensor:
         """``[B]`` bool: the prompt holds both text and images."""
-        return self.visual.any(-1) & (self.valid & ~self.visual).any(-1)
+        return self.visual.any(-1) & self.text.any(-1)
 
     @property
     def rank(self) -> Tensor:
@@ -70,7 +75,7 @@ def find_proxies(layout: PromptLayout, rule: str) -> Proxies:
     name, number = parse_rule(rule, PROXY_RULES)
     candidates = layout.valid
     if name == "last_text":
-        text = layout.valid & ~layout.visual
+        text = layout.text
         candidates = torch.where(text.any(-1, keepdim=True), text, layout.valid)
     length = layout.valid.shape[-1]
     count = min(int(number or 1), length)

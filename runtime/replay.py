@@ -183,9 +183,8 @@ class Prefill:
 
     @cached_property
     def _sampled_rho(self) -> list[Tensor]:
-        # The row sample of a real run: it depends on the settings' defaults alone.
-        settings = CompressionSettings(MethodParameters(), modes=("online",), entries=all_entries(1))
-        rows = RowSample.draw(self.layout, settings.rho_rows, settings.seed)
+        # The row sample of a real run, by the settings' defaults.
+        rows = RowSample.draw(self.layout, CompressionSettings.rho_rows, CompressionSettings.seed)
         return [sampled_rho(query, key, self.layout, rows, self.scaling).rho for query, key, _ in self.states]
 
 

@@ -145,7 +145,7 @@ def test_sampled_rho_is_the_same_behind_padding_and_in_blocks(monkeypatch: pytes
     shifted = [torch.nn.functional.pad(states, (0, 0, 37, 0)) for states in (query, key)]
     rows = RowSample.draw(padded, 24, seed=1)
     for logits in (1, 2**30):
-        monkeypatch.setattr(flow, "LOGITS_ON_HOST", logits)
+        monkeypatch.setattr(flow, "LOGITS_AT_A_TIME", logits)
         behind = sampled_rho(*shifted, padded, rows, 8**-0.5)
         torch.testing.assert_close(behind.rho, alone.rho)
         torch.testing.assert_close(behind.standard_error, alone.standard_error)
