@@ -17,8 +17,8 @@ from flowmm.evaluation.suite import Case
 from flowmm.models import LoadedModel
 from flowmm.plans import MethodParameters, Plan
 from flowmm.runtime import FlowCache
-from flowmm.runtime.cache import CompressionSettings
 from flowmm.runtime.replay import Prefill, Trial, answer_greedily, divergence, feed, length_of_turn
+from flowmm.runtime.settings import CompressionSettings
 
 # Caches decoded together: more rows save forward calls, and copy more memory in each.
 ROWS_PER_BATCH = 16

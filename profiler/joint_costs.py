@@ -21,8 +21,8 @@ from flowmm.profiler.ranks import Ranks
 from flowmm.profiler.samples import Sample, readable_samples
 from flowmm.profiler.sensitivity import MIXED, ROWS_PER_BATCH, Reading, check_protocols, require_prompts, trials_of
 from flowmm.runtime.budgets import entry_budget
-from flowmm.runtime.cache import CompressionSettings
 from flowmm.runtime.replay import Trial, reading_caches
+from flowmm.runtime.settings import CompressionSettings
 
 
 def shift_bound(divergence: Tensor) -> Tensor:

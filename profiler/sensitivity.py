@@ -24,7 +24,7 @@ from flowmm.profiler.profiling import Progress
 from flowmm.profiler.ranks import Ranks
 from flowmm.profiler.samples import CalibrationSample, Sample, readable_samples
 from flowmm.runtime.budgets import entry_budget
-from flowmm.runtime.cache import CompressionSettings, FlowCache
+from flowmm.runtime.cache import FlowCache
 from flowmm.runtime.replay import (
     Conversations,
     Message,
@@ -38,6 +38,7 @@ from flowmm.runtime.replay import (
     prefill,
     reading_caches,
 )
+from flowmm.runtime.settings import CompressionSettings
 
 RATIOS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.65)
 # At most so many tokens of the full cache's own answer are what a compressed cache is compared on.

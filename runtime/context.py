@@ -19,12 +19,13 @@ from flowmm.models.visual import visual_token_ids
 from flowmm.plans import LayerPlan, MethodParameters, ModelFingerprint, Plan, resolve_plan
 from flowmm.runtime.attention import attached
 from flowmm.runtime.budgets import Budget, planned_entries, validate_budget
-from flowmm.runtime.cache import CompressionSettings, FlowCache
+from flowmm.runtime.cache import FlowCache
 from flowmm.runtime.compiled import decoding_config, merge_operation
 from flowmm.runtime.host import GenerateShadow, offsets_of, restore_offsets, shadowed_generate, valid_tokens
 from flowmm.runtime.online import CheckAction, OnlineCheck, PlannedRho
 from flowmm.runtime.report import RunReport, build_report
 from flowmm.runtime.saved import load_context, save_context
+from flowmm.runtime.settings import CompressionSettings
 from flowmm.runtime.static_cache import StaticFlowCache
 
 # Rows per modality that rho is sampled from: few where it is compared with a plan (less than 2 % of a prefill of 2,000

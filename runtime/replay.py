@@ -20,11 +20,12 @@ from flowmm.models import LoadedModel, text_config, visual_mask
 from flowmm.plans import MethodParameters, Mode, Plan
 from flowmm.runtime.attention import attached
 from flowmm.runtime.budgets import all_entries, planned_entries
-from flowmm.runtime.cache import CompressionSettings, FlowCache
+from flowmm.runtime.cache import FlowCache
 from flowmm.runtime.flow import RowSample, sampled_rho
 from flowmm.runtime.pivots import entries_at
 from flowmm.runtime.prompt import PromptLayout
 from flowmm.runtime.rotary import Rotary
+from flowmm.runtime.settings import CompressionSettings
 from flowmm.runtime.shared import Shared
 
 Message = Mapping[str, Any]

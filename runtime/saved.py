@@ -22,8 +22,9 @@ from torch import Tensor
 from flowmm.errors import ContextFormatError, ContextMismatchError, InputError
 from flowmm.plans import ModelFingerprint, Plan
 from flowmm.plans.files import replacing
-from flowmm.runtime.cache import CompressionSettings, FlowCache
+from flowmm.runtime.cache import FlowCache
 from flowmm.runtime.growing import Growing
+from flowmm.runtime.settings import CompressionSettings
 
 FORMAT, VERSION = "flowmm.context", "1"
 _FIELDS = ("format", "version", "model", "method", "plan", "seen", "prompt_length", "sha256")

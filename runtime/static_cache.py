@@ -16,8 +16,9 @@ from torch import Tensor
 
 from flowmm.errors import FlowmmError, InputError
 from flowmm.runtime.attention import attend_compressed, attend_one_token
-from flowmm.runtime.cache import Base, CompressionSettings, FlowCache, Prompt
+from flowmm.runtime.cache import Base, FlowCache
 from flowmm.runtime.layer import FlowLayer
+from flowmm.runtime.settings import CompressionSettings, Prompt
 from flowmm.runtime.shared import Shared
 
 # Capacities are multiples of this, so that prompts of similar length share buffers and graphs.

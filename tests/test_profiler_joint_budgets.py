@@ -16,7 +16,6 @@ from flowmm.profiler.joint_budgets import LEVELS, REACH, Allocation, measure_all
 from flowmm.profiler.joint_costs import JointPrompts
 from flowmm.profiler.sensitivity import PROTOCOLS
 from flowmm.runtime.budgets import entry_budget
-from flowmm.runtime.cache import CompressionSettings
 from flowmm.runtime.replay import (
     answer_greedily,
     build_trial,
@@ -26,6 +25,7 @@ from flowmm.runtime.replay import (
     prefill,
     reading_caches,
 )
+from flowmm.runtime.settings import CompressionSettings
 
 
 @pytest.fixture(scope="module")
