@@ -15,7 +15,7 @@ from tiny_checkpoint import image_bytes, tiny_image, write_checkpoint
 
 import flowmm
 from flowmm import cli
-from flowmm.cli import BudgetType
+from flowmm.commands.options import BudgetType
 from flowmm.models import load_model
 from flowmm.plans import LayerPlan, Plan, RhoStatistics, unprofiled_plan
 from flowmm.runtime import generation
