@@ -96,6 +96,7 @@ class _Watcher:
     pick_flow: Callable[[dict[str, Any]], Flow | None]
     see_rotary: Callable[[Tensor, Tensor], None] | None
     after: Callable[[dict[str, Any]], None] | None
+    last_row_suffices: Callable[[], bool] | None
 
 
 class _Attachment:
@@ -135,6 +136,9 @@ class _Attachment:
             ]
             if embedding is not None:
                 self._handles.append(embedding.register_forward_hook(self.after_rotary))
+            last_mlp = _last_mlp(self._model)
+            if last_mlp is not None:
+                self._handles.append(last_mlp.register_forward_pre_hook(self.before_last_mlp))
             _set_text_attention(self._model, PREFIX + self._base)
         self._watchers = [watcher, *self._watchers]
 
@@ -168,6 +172,17 @@ class _Attachment:
             if watcher.see_rotary is not None:
                 watcher.see_rotary(*angles)
 
+    def before_last_mlp(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Pass on the last token alone where a block knows that the others go unread.
+
+        The layer adds the result to all tokens, so its output keeps its shape, and is wrong but for the last one.
+        """
+        # Compiled code decodes one token at a time and has nothing to decide here.
+        if args[0].shape[1] == 1:
+            return None
+        asked = [watcher.last_row_suffices for watcher in self._watchers if watcher.last_row_suffices is not None]
+        return (args[0][:, -1:], *args[1:]) if any(suffices() for suffices in asked) else None
+
 
 @contextmanager
 def attached(
@@ -175,6 +190,7 @@ def attached(
     pick_flow: Callable[[dict[str, Any]], Flow | None],
     see_rotary: Callable[[Tensor, Tensor], None] | None = None,
     after: Callable[[dict[str, Any]], None] | None = None,
+    last_row_suffices: Callable[[], bool] | None = None,
 ) -> Generator[None]:
     """Route the text layers of `model` through a flow for the duration of the block.
 
@@ -184,6 +200,8 @@ def attached(
             to leave that call alone. Of nested blocks the innermost is asked first.
         see_rotary: called with cosine and sine of every forward call, before its first layer.
         after: called with the keyword arguments of every forward call once it is over.
+        last_row_suffices: asked once in every forward call of several tokens, after the last layer's attention: may
+            the rest of that layer be computed for the last token alone?
 
     Blocks may overlap; the model has its own attention again when the last one is left.
 
@@ -196,7 +214,7 @@ def attached(
             f"the text layers use attn_implementation={base!r}; flowmm needs one of {', '.join(BASES)}: "
             "load the model with attn_implementation='sdpa'"
         )
-    watcher = _Watcher(pick_flow, see_rotary, after)
+    watcher = _Watcher(pick_flow, see_rotary, after, last_row_suffices)
     with _lock:
         attachment = _Attachment.of(model, base)
         attachment.open(watcher)
@@ -213,6 +231,19 @@ def _rotary_embedding(model: Any) -> nn.Module | None:
     for name, module in model.named_modules():
         if name.endswith("rotary_emb") and getattr(module, "config", None) is text_config:
             return module
+    return None
+
+
+def _last_mlp(model: Any) -> nn.Module | None:
+    """What the last text layer computes for each token on its own, after its attention; None: not found."""
+    text_config = model.config.get_text_config(decoder=True)
+    for module in model.modules():
+        attention = getattr(module, "self_attn", None)
+        if (
+            getattr(attention, "config", None) is text_config
+            and getattr(attention, "layer_idx", None) == text_config.num_hidden_layers - 1
+        ):
+            return getattr(module, "mlp", None)
     return None
 
 

@@ -122,7 +122,7 @@ class FlowCache(Cache):
         self._prompt: Prompt | None = None
         self._announced: PromptLayout | int | None = None
         self._rotary: Rotary | None = None
-        self._in_forward = self._last_row_only = False
+        self._in_forward = self._last_row_only = self._attended_last_row = False
         self.ids: Growing | None = None
         self.rope_deltas: Tensor | None = None
 
@@ -173,7 +173,7 @@ class FlowCache(Cache):
         Raises:
             InputError: a row of nothing but padding, or padding inside the tokens of a later turn.
         """
-        self._in_forward, self._last_row_only = True, last_row_only
+        self._in_forward, self._last_row_only, self._attended_last_row = True, last_row_only, False
         seen = self.get_seq_length()
         if seen == 0:
             self._prompt = self._next_prompt(visual, valid)
@@ -246,6 +246,7 @@ class FlowCache(Cache):
         whole = prompt is not None and prompt.whole
         if rows == new and not whole and self._last_row_only and layer == len(self.states) - 1:
             output = _of_last_row(base, query, key, value, mask)
+            self._attended_last_row = True
         elif whole or rows == new:
             output = base()
         elif rows == 0:
@@ -267,6 +268,11 @@ class FlowCache(Cache):
         if layer == len(self.states) - 1:
             self._in_forward = False
         return output
+
+    def takes_last_row_only(self) -> bool:
+        """Whether the call under way attended in the last layer for the last token alone; told once, then forgotten."""
+        told, self._attended_last_row = self._attended_last_row, False
+        return told
 
     @staticmethod
     def _with_drafts(prompt: Tensor, query: Tensor, states: FlowLayer, scaling: float) -> Tensor:

@@ -176,6 +176,10 @@ class Run:
             rope = text_config(self._config).rope_parameters
             cache.see_rotary(cos, sin, rope.get("mrope_section", []))
 
+    def _last_row_suffices(self) -> bool:
+        cache = getattr(self._thread, "cache", None)
+        return cache is not None and cache.takes_last_row_only()
+
 
 def _asks_for_last_row(kwargs: dict[str, Any], config: Any) -> bool:
     """Whether a forward call returns nothing of any token but the last one, as the prompts of ``generate`` do."""
@@ -292,6 +296,7 @@ def compress(
     )
     run = Run(model, plan, settings, fingerprint, decoding_config(model.device) if compile_decoding else None)
     see_rotary = run._see_rotary if any(method.needs_rotary for method in settings.methods) else None
-    with attached(model, run._flow_of, see_rotary, run._note_offsets), shadowed_generate(model, run) as shadow:
+    hooks = attached(model, run._flow_of, see_rotary, run._note_offsets, run._last_row_suffices)
+    with hooks, shadowed_generate(model, run) as shadow:
         run._shadow = shadow
         yield run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -333,20 +334,32 @@ class _RowsAttended:
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", counting)
 
 
+def _counting_rows(forward: Callable[[torch.Tensor], Any], rows: list[int]) -> Callable[[torch.Tensor], Any]:
+    def counting(hidden: torch.Tensor) -> Any:
+        rows.append(hidden.shape[1])
+        return forward(hidden)
+
+    return counting
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [PROMPT, [*PROMPT, [6, -9, 3]]], ids=["single", "left-padded"])
-def test_the_last_layer_attends_for_the_row_that_is_asked_for(
+def test_the_last_layer_computes_the_row_that_is_asked_for(
     model: Any, plan: Plan, rows: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = tiny_inputs(rows)
     width = inputs["input_ids"].shape[1]
-    attended = _RowsAttended(monkeypatch)
+    attended, projected = _RowsAttended(monkeypatch), []
+    for layer in model.model.language_model.layers:
+        monkeypatch.setattr(layer.mlp, "forward", _counting_rows(layer.mlp.forward, projected))
     with flowmm.compress(model, plan, budget=0.3) as run:
         caches = [run.new_cache() for _ in range(3)]
         whole = model(**inputs, past_key_values=caches[0])
         last = model(**inputs, past_key_values=caches[1], logits_to_keep=1)
         states = model(**inputs, past_key_values=caches[2], logits_to_keep=1, output_hidden_states=True)
-    assert attended.rows == [width] * 4 + [width] * 3 + [1] + [width] * 4
+        with flowmm.compress(model, plan, budget=1.0) as untouched:
+            model(**inputs, past_key_values=untouched.new_cache(), logits_to_keep=1)
+    assert attended.rows == projected == [width] * 4 + [width] * 3 + [1] + [width] * 8
     torch.testing.assert_close(last.logits[:, -1], whole.logits[:, -1], atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(caches[1].contents(), caches[0].contents(), strict=True):
         assert torch.equal(ours[0], theirs[0])
