@@ -29,14 +29,19 @@ class Pivots:
 
 def entries_at(states: Tensor, index: Tensor) -> Tensor:
     """``[B, H, L, D]`` at `index` ``[B, H, N]`` long: ``[B, H, N, D]``; copies whole entries, unlike ``gather``."""
-    heads, length, dim = states.shape[1:]
+    rows, heads_inside = as_rows(states)
+    flat = flat_index(index, states.shape[2], heads_inside)
+    return rows.index_select(0, flat.flatten()).view(*index.shape, states.shape[3])
+
+
+def as_rows(states: Tensor) -> tuple[Tensor, int]:
+    """``[B, H, L, D]`` as rows of `D`, and the `heads_inside` that :func:`flat_index` needs to find them.
+
+    As hosts lay states out, heads are inside of tokens; bringing them into our order would copy everything.
+    """
     if not torch.compiler.is_compiling() and not states.is_contiguous() and states.transpose(1, 2).is_contiguous():
-        # As hosts lay them out, heads inside of tokens; bringing them into our order would copy everything.
-        flat = flat_index(index, length, heads)
-        states = states.transpose(1, 2)
-    else:
-        flat = flat_index(index, length)
-    return states.reshape(-1, dim).index_select(0, flat.flatten()).view(*index.shape, dim)
+        return states.transpose(1, 2).reshape(-1, states.shape[3]), states.shape[1]
+    return states.reshape(-1, states.shape[3]), 0
 
 
 def flat_index(index: Tensor, length: int, heads_inside: int = 0) -> Tensor:

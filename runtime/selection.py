@@ -12,7 +12,7 @@ from torch.nn.functional import avg_pool1d
 
 from flowmm.plans.method import MethodParameters, parse_selector
 from flowmm.runtime.importance import GqaReduce, column_mean
-from flowmm.runtime.pivots import entries_at
+from flowmm.runtime.pivots import as_rows, entries_at, flat_index
 from flowmm.runtime.prompt import PromptLayout
 from flowmm.runtime.rotary import Rotary
 from flowmm.runtime.shared import Shared
@@ -116,17 +116,21 @@ def kcenter(view: LayerView, picks: float | None) -> Tensor:
     distance = torch.where(open_entries, float("inf"), float("-inf"))
     forced, counted = _first_of(view.forced, view.forced_slots)
     _come_nearer(distance, entries, entries_at(content, forced), counted)
+    rows, heads_inside = as_rows(content)
+    places = flat_index(candidates.clamp(max=length - 1), length, heads_inside)
+    earlier_first = torch.arange(candidates.shape[2] - 1, -1, -1, device=entries.device)
     order = []
     for turn in range(rounds):
-        farthest = _in_steps(distance, unit).topk(batch, dim=-1).indices
+        farthest = _in_steps(distance, unit, earlier_first).topk(batch, dim=-1).indices
         away = distance.gather(2, farthest)
         picked = (away > float("-inf")) & taken
-        places = candidates.gather(2, farthest)
-        order.append(torch.where(picked, places, length))
+        order.append((farthest, picked))
         if turn < rounds - 1:
             distance.scatter_(2, farthest, away.masked_fill_(picked, float("-inf")))
-            _come_nearer(distance, entries, entries_at(content, places.clamp(max=length - 1)), picked)
-    picks_in_order = torch.cat(order, dim=-1)
+            centers = rows.index_select(0, places.gather(2, farthest).flatten())
+            _come_nearer(distance, entries, centers.view(*farthest.shape, -1), picked)
+    farthest, picked = (torch.cat(parts, dim=-1) for parts in zip(*order, strict=True))
+    picks_in_order = torch.where(picked, candidates.gather(2, farthest), length)
     ranks = -torch.arange(picks_in_order.shape[-1], device=entries.device, dtype=torch.float32)
     never = torch.full((*distance.shape[:2], length + 1), float("-inf"), device=entries.device)
     return never.scatter(2, picks_in_order, ranks.expand_as(picks_in_order))[..., :-1]
@@ -208,14 +212,13 @@ def _distance_unit(norms: Tensor) -> Tensor:
     return torch.exp2(norms.amax(2, keepdim=True).clamp(min=1e-30).log2().ceil()) / 1024
 
 
-def _in_steps(distance: Tensor, unit: Tensor) -> Tensor:
-    """Ranks of ``[B, H, L]`` as integers: whole units first, then the smaller position.
+def _in_steps(distance: Tensor, unit: Tensor, earlier_first: Tensor) -> Tensor:
+    """Ranks of ``[B, H, C]`` as integers: whole units first, then `earlier_first`, the numbers from C - 1 down to 0.
 
     Equal tokens have equal content but for rounding, which depends on padding; it must not choose between them.
     """
-    length = distance.shape[-1]
     steps = (distance / unit).clamp_(min=-1.0, max=8192.0).floor_().long()
-    return steps.mul_(length).add_(torch.arange(length - 1, -1, -1, device=distance.device))
+    return steps.mul_(distance.shape[-1]).add_(earlier_first)
 
 
 def _come_nearer(distance: Tensor, entries: Tensor, centers: Tensor, counted: Tensor) -> None:
