@@ -25,7 +25,7 @@ from flowmm.plans import Plan, resolve_plan
 from flowmm.profiler import load_calibration
 from flowmm.profiler.decisions import Budgets, measure_layers
 from flowmm.profiler.joint_costs import Arrangement, JointPrompts
-from flowmm.runtime.bench import environment
+from flowmm.runtime.measurements import environment
 
 RESULT = Path(__file__).with_name("results") / "budget_stability.json"
 TOTALS = (0.05, 0.1, 0.2)

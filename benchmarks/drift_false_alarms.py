@@ -19,7 +19,7 @@ from flowmm.models import load_model
 from flowmm.plans import Plan, diff
 from flowmm.profiler import open_calibration, profile
 from flowmm.profiler.prompt_rho import PromptRho, redrawn
-from flowmm.runtime.bench import environment
+from flowmm.runtime.measurements import environment
 
 RESULT = Path(__file__).with_name("results") / "drift_false_alarms.json"
 SIZES = (16, 32, 64)

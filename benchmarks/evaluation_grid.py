@@ -21,7 +21,7 @@ from flowmm.evaluation.workers import measuring_in_processes
 from flowmm.models import load_model
 from flowmm.plans import Plan, resolve_plan
 from flowmm.pocket.tasks import TASKS
-from flowmm.runtime.bench import environment
+from flowmm.runtime.measurements import environment
 
 METHODS = "robust,paper,aware,reuse,same_pivots_evicted,any_pivot,inverted,random_pivots"
 BUDGETS = (0.05, 0.1, 0.2, 0.4, 0.6)

@@ -21,6 +21,7 @@ from flowmm.models import text_config
 from flowmm.models.random_weights import image_prompt, random_model
 from flowmm.runtime import bench
 from flowmm.runtime.bench_grid import Limits, cells, run_grid, table
+from flowmm.runtime.measurements import CACHE_KINDS
 
 RESULTS = Path(__file__).with_name("results")
 PAPER_TOKENS = 38600
@@ -124,7 +125,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=numbers(int), default=[8192, PAPER_TOKENS, 65536, 131072])
     parser.add_argument("--batch", type=numbers(int), default=[1, 4, 8, 16, 32])
     parser.add_argument("--budgets", type=numbers(float), default=[0.05, 0.2, 0.4, 0.6, 1.0])
-    parser.add_argument("--caches", type=numbers(str), default=list(bench.CACHE_KINDS))
+    parser.add_argument("--caches", type=numbers(str), default=list(CACHE_KINDS))
     parser.add_argument("--eager", action="store_true", help="no compiled merging, no CUDA graphs")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=32)

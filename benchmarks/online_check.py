@@ -26,8 +26,9 @@ from flowmm.plans import Plan, resolve_plan
 from flowmm.pocket.tasks import Sample, sample, samples
 from flowmm.runtime import OnlineCheck, cache
 from flowmm.runtime.allocator import keep_freed_memory
-from flowmm.runtime.bench import environment, fixed_plan
+from flowmm.runtime.bench import fixed_plan
 from flowmm.runtime.flow import sampled_rho
+from flowmm.runtime.measurements import environment
 from flowmm.runtime.online import CheckAction
 
 # Tokens of the prompts whose prefill is timed, and the share of the time that each gets.

@@ -17,7 +17,7 @@ import torch
 
 from flowmm.models.random_weights import image_prompt, random_model
 from flowmm.profiler import record_flow
-from flowmm.runtime.bench import environment
+from flowmm.runtime.measurements import environment
 
 RESULT = Path(__file__).with_name("results") / "profile_cost.json"
 # Length in tokens to the largest acceptable ratio.

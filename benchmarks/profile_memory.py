@@ -17,7 +17,7 @@ import torch
 from flowmm.models import load_model
 from flowmm.profiler import open_calibration, profile
 from flowmm.profiler.kernel_caches import bound_kernel_caches
-from flowmm.runtime.bench import environment
+from flowmm.runtime.measurements import environment
 
 RESULT = Path(__file__).with_name("results") / "profile_memory.json"
 EVERY = 100

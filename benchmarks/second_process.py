@@ -22,7 +22,7 @@ import flowmm
 from flowmm.models import fingerprint_model
 from flowmm.models.random_weights import image_prompt, random_model
 from flowmm.plans import unprofiled_plan
-from flowmm.runtime.bench import environment
+from flowmm.runtime.measurements import environment
 
 RESULT = Path(__file__).with_name("results") / "second_process.json"
 # What is compiled, and tokens to generate: the first one comes from the prefill.

@@ -20,7 +20,8 @@ from flowmm.models import text_config
 from flowmm.models.random_weights import image_prompt
 from flowmm.plans import Plan
 from flowmm.plans.files import write_atomic
-from flowmm.runtime.bench import Settings, bench, environment
+from flowmm.runtime.bench import Settings, bench
+from flowmm.runtime.measurements import environment
 from flowmm.runtime.roofline import MIB, Bandwidth, bytes_per_token, entry_bytes, linear_layers
 
 # Must agree for results of different days to stand in one file.

@@ -18,7 +18,8 @@ from flowmm.errors import InputError
 from flowmm.models import fingerprint_model, text_config
 from flowmm.models.random_weights import SHAPES, image_prompt, random_model
 from flowmm.runtime import bench_grid
-from flowmm.runtime.bench import CACHE_KINDS, Figure, Row, Settings, bench
+from flowmm.runtime.bench import Settings, bench
+from flowmm.runtime.measurements import CACHE_KINDS, Figure, Row
 from flowmm.runtime.peak_memory import PeakMemory
 from flowmm.runtime.roofline import MIB, Bandwidth, bytes_per_token, entry_bytes, linear_layers
 

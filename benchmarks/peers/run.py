@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from flowmm.models import text_config
 from flowmm.models.random_weights import image_prompt, random_model
-from flowmm.runtime.bench import Figure, environment
+from flowmm.runtime.measurements import Figure, environment
 from flowmm.runtime.roofline import MIB, entry_bytes
 
 RESULT = Path(__file__).parents[1] / "results" / "peers_cpu.json"
