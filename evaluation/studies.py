@@ -53,8 +53,8 @@ def around(method: str, *changes: str) -> Block:
 
 _OPERATORS = ("average", "pivotal", "weighted", "mass", "keep_mass", "keep_mass_bias", "count_bias")
 _SELECTORS = (
-    "proxy", "proxy_pool:5", "column_mean:64", "kcenter", "novelty", "proxy+novelty", "column_mean:64+kcenter",
-    "random", "uniform",
+    "proxy", "proxy_pool:5", "column_mean:64", "kcenter", "weighted_kcenter", "proxy+kcenter", "novelty",
+    "proxy+novelty", "column_mean:64+kcenter", "random", "uniform",
 )  # fmt: skip
 
 STUDIES = {
@@ -77,7 +77,8 @@ STUDIES = {
             (
                 around("robust", *(f"selector={name}" for name in _SELECTORS), "first_share=0.25"),
                 around(
-                    "robust:merge=evict", *(f"selector={name}" for name in ("proxy", "kcenter", "random", "uniform"))
+                    "robust:merge=evict",
+                    *(f"selector={name}" for name in ("proxy", "weighted_kcenter", "random", "uniform")),
                 ),
             ),
         ),

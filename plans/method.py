@@ -66,6 +66,7 @@ SELECTORS = {
     "proxy_pool": True,
     "column_mean": None,
     "kcenter": None,
+    "weighted_kcenter": None,
     "novelty": None,
     "random": None,
     "uniform": False,
@@ -73,7 +74,7 @@ SELECTORS = {
 MASS_RULES = {"proxy": False, "column_mean": None}
 FlowKind = Literal["raw", "nosink", "nosink_auto", "balanced", "lift", "v2t", "t2v"]
 # These compare keys whose rotation by position has been undone.
-UNROTATED_SELECTORS = ("kcenter", "novelty")
+UNROTATED_SELECTORS = ("kcenter", "weighted_kcenter", "novelty")
 
 
 def parse_selector(selector: str) -> tuple[tuple[str, float | None], ...]:
@@ -110,9 +111,9 @@ class MethodParameters(BaseModel):
     )
 
     selector: str = Field(
-        "proxy+kcenter",
+        "proxy+weighted_kcenter",
         description="what ranks entries: proxy (eq. 8) | proxy_pool:kernel | column_mean[:rows] | kcenter[:picks] | "
-        "novelty[:window] | random[:seed] | uniform, or two of them as a+b",
+        "weighted_kcenter[:picks] | novelty[:window] | random[:seed] | uniform, or two of them as a+b",
     )
     first_share: float = Field(
         0.5, ge=0, le=1, description="share of the free entries that the first of two selectors picks"
@@ -217,7 +218,7 @@ PRESETS: dict[str, dict[str, object]] = {
     # Best when the question is in the prompt: the entries and the masses that its last rows ask for.
     "aware": {"selector": "proxy", "mass": "proxy", "min_sim": -1.0, "image_quota": 0.0},
     # Best when questions come later: entries that differ most, nothing chosen by the prompt's end.
-    "reuse": {"selector": "kcenter", "keep_proxies": False},
+    "reuse": {"selector": "weighted_kcenter", "keep_proxies": False},
     # Same pivots as `robust`, nothing merged: separates selection from merging.
     "evict": {"merge": "evict"},
 }

@@ -155,7 +155,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt, one question, one exact answer."""
+    """One prompt, one question, one exact answer; `further` questions are of the other tasks about the same context."""
 
     task: str
     split: str
@@ -163,6 +163,7 @@ class Sample:
     context: tuple[dict, ...]
     question: str
     answer: str
+    further: tuple[str, ...] = ()
 
     @property
     def images(self) -> list[Image.Image]:
@@ -381,7 +382,13 @@ def sample(
             or sizes that leave nothing to ask about.
     """
     scene, asked = asked_scene(task, split, index, seed, images=images, pairs=pairs, facts=facts, fillers=fillers)
-    return Sample(task, split, index, scene.content(), *asked)
+    return Sample(task, split, index, scene.content(), *asked, _further(scene, task, split, index, seed))
+
+
+def _further(scene: Scene, task: str, split: str, index: int, seed: int) -> tuple[str, ...]:
+    rng = stream(split, f"further {task}", index, seed)
+    asked = (QUESTIONS[other](scene, rng) for other in TASKS if other != task)
+    return tuple(question for question, _ in filter(None, asked))
 
 
 def samples(split: str, n: int, tasks: Sequence[str] = TASKS, seed: int = 0) -> Iterator[Sample]:

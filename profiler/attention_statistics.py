@@ -92,7 +92,7 @@ def measure_statistic(
     """
     statistic, rows = STATISTICS[rule], []
     for done, sample in enumerate(readable_samples(samples, limit), start=1):
-        chat = aware(sample.messages)
+        chat = aware(sample)
         prefilled = prefill(model.model, build_trial(model, chat))
         rows.append([statistic(q, k, prefilled.layout, prefilled.scaling) for q, k, _ in prefilled.states])
         if progress is not None:

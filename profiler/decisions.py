@@ -36,16 +36,16 @@ from flowmm.profiler.sensitivity import MIXED, measure_sensitivity, with_measure
 BUDGETS = (0.05, 0.1, 0.2)
 # How entries are chosen, over stretches of layers; the choice of a preset such as `reuse` is one of these.
 SELECTIONS: tuple[dict[str, Any], ...] = (
-    {"selector": "kcenter", "keep_proxies": False},
-    {"selector": "kcenter", "keep_proxies": True},
+    {"selector": "weighted_kcenter", "keep_proxies": False},
+    {"selector": "weighted_kcenter", "keep_proxies": True},
     {"selector": "proxy"},
-    {"selector": "proxy+kcenter", "first_share": 0.25},
-    {"selector": "proxy+kcenter", "first_share": 0.1},
+    {"selector": "proxy+weighted_kcenter", "first_share": 0.25},
+    {"selector": "proxy+weighted_kcenter", "first_share": 0.1},
     {"keep_proxies": False},
 )
 # How they are merged, over one block of layers at a time.
 OPERATORS = ("evict", "average", "keep_mass", "mass", "tangent")
-SIMILARITIES = (-1.0, 0.5, 0.8)
+SIMILARITIES = (-1.0, 0.5, 0.8, 0.9)
 GATES = ("none", "pivot_quantile:0.8")
 # Stretches begin and end between blocks of layers, at most so many: what deciding costs does not grow with depth.
 BLOCKS = 6

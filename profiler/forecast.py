@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -61,11 +62,16 @@ class LayerMeasurements:
     budgets: Budgets | None
     choices: bool
 
-    def cost(self, model: ModelFingerprint, tokens: float) -> LayerCost | None:
-        """At most this for prompts of so many tokens; None where nothing is measured."""
+    def cost(self, model: ModelFingerprint, tokens: float, questions: float = 1) -> LayerCost | None:
+        """At most this for prompts of so many tokens; None where nothing is measured.
+
+        Args:
+            questions: about a prompt where they come after the compression.
+        """
         if self.budgets is None and not self.choices:
             return None
         runs, layers, joint = self.prompts * len(self.protocols), model.num_layers, self.budgets == "joint"
+        asked = sum(questions if protocol == "blind" else 1 for protocol in self.protocols) / len(self.protocols)
         prefills = feeds = 0
         if self.budgets == "measured":
             # Curves of layers with a choice are measured twice.
@@ -79,7 +85,7 @@ class LayerMeasurements:
             # A first path on half of the prompts, to choose by. Every cut asks every layer again, at worst.
             cuts = layers * (len(LEVELS) - 1) * -(-layers * REACH // WIDTH)
             feeds += round(runs * (1.5 if self.choices else 1) * cuts)
-        feeds += prefills * (ANSWER_TOKENS + 1)
+        feeds = math.ceil((feeds + prefills * (ANSWER_TOKENS + 1)) * asked)
         # Per token and layer: captured queries, keys and values, and every row's keys and values.
         captured = model.num_attention_heads + 2 * model.num_kv_heads
         rows = 2 * model.num_kv_heads * ROWS_PER_BATCH
@@ -155,7 +161,8 @@ def forecast(model: LoadedModel, samples: Iterable[Sample], measurements: LayerM
         InputError: no sample can be read.
     """
     hint = length_hint(samples, -1)
-    conversations = [s.messages for s in islice(samples, PROBED) if not isinstance(s, UnreadableSample)]
+    readable = [s for s in islice(samples, PROBED) if not isinstance(s, UnreadableSample)]
+    conversations = [sample.messages for sample in readable]
     if not conversations:
         raise InputError(
             f"none of the first {PROBED} calibration samples can be read; run without --dry-run to see why"
@@ -166,6 +173,7 @@ def forecast(model: LoadedModel, samples: Iterable[Sample], measurements: LayerM
     seconds = time.perf_counter() - start
     fingerprint = model.fingerprint()
     length = sum(tokens) / len(tokens)
+    questions = 1 + sum(len(sample.further) for sample in readable) / len(readable)
     return Forecast(
         model=model.source,
         layers=fingerprint.num_layers,
@@ -173,5 +181,5 @@ def forecast(model: LoadedModel, samples: Iterable[Sample], measurements: LayerM
         probed=len(tokens),
         tokens_per_sample=length,
         seconds_per_sample=seconds / len(tokens),
-        layer_cost=None if measurements is None else measurements.cost(fingerprint, length),
+        layer_cost=None if measurements is None else measurements.cost(fingerprint, length, questions),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -24,10 +24,14 @@ class UnreadableSample:
 
 @dataclass(frozen=True)
 class CalibrationSample:
-    """One prompt as chat messages, with the name that error messages use."""
+    """One prompt as chat messages, with the name that error messages use.
+
+    `further` texts may stand in the place of the last one: other questions about the same context.
+    """
 
     name: str
     messages: Sequence[Mapping[str, Any]]
+    further: tuple[str, ...] = ()
 
     def opened(self) -> CalibrationSample:
         """The same prompt with every image loaded, so that hashing and building inputs read each file once.
@@ -39,10 +43,10 @@ class CalibrationSample:
             template, images = open_conversation(self.messages)
         except InputError as error:
             raise InputError(f"{self.name}: {error}") from error
-        return CalibrationSample(self.name, _with_images(template, iter(images)))
+        return replace(self, messages=_with_images(template, iter(images)))
 
     def sha256(self) -> str:
-        """Hash of roles, texts and image contents, in order; independent of file names and folders.
+        """Hash of roles, texts and image contents, in order, and further questions; independent of file names.
 
         Raises:
             InputError: as :meth:`opened`.
@@ -53,6 +57,8 @@ class CalibrationSample:
             digest.update(_framed(message["role"].encode()))
             for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
                 digest.update(_framed(_part_bytes(part)))
+        for text in self.further:
+            digest.update(_framed(b"further" + text.encode()))
         return digest.hexdigest()
 
 

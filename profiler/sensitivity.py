@@ -73,25 +73,30 @@ class Sensitivity:
         return Sensitivity(self.ratios, cost)
 
 
-def aware(messages: Sequence[Message]) -> Conversations:
+def aware(sample: CalibrationSample) -> Conversations:
     """The whole prompt is compressed; its last token is then read again."""
+    messages = sample.messages
     return Conversations(list(messages), list(messages), opened=True, fed_again=1)
 
 
-def blind(messages: Sequence[Message]) -> Conversations | None:
+def blind(sample: CalibrationSample) -> Conversations | None:
     """The last text of the prompt is its question: what stands before is compressed, the question is fed afterwards.
 
-    ``None`` where the last turn does not end with a text behind other parts.
+    So is each further question in its place. ``None`` where the last turn does not end with a text behind other parts.
     """
-    *history, last = messages
+    *history, last = sample.messages
     content = last.get("content")
     if isinstance(content, str) or not content or len(content) < 2 or content[-1].get("type") != "text":
         return None
-    context = {**last, "content": list(content[:-1])}
-    return Conversations([*history, context], list(messages), opened=False)
+
+    def asking(*parts: Any) -> list[Message]:
+        return [*history, {**last, "content": [*content[:-1], *parts]}]
+
+    others = tuple(asking({**content[-1], "text": text}) for text in sample.further)
+    return Conversations(asking(), list(sample.messages), opened=False, others=others)
 
 
-PROTOCOLS: dict[str, Callable[[Sequence[Message]], Conversations | None]] = {"aware": aware, "blind": blind}
+PROTOCOLS: dict[str, Callable[[CalibrationSample], Conversations | None]] = {"aware": aware, "blind": blind}
 
 
 def check_protocols(names: Sequence[str]) -> None:
@@ -102,7 +107,7 @@ def check_protocols(names: Sequence[str]) -> None:
 
 def trials_of(model: LoadedModel, sample: CalibrationSample, protocols: Sequence[str]) -> tuple[Trial, ...]:
     """The prompt under each of the protocols that it fits."""
-    chats = (PROTOCOLS[name](sample.messages) for name in protocols)
+    chats = (PROTOCOLS[name](sample) for name in protocols)
     return tuple(build_trial(model, chat) for chat in chats if chat is not None)
 
 
@@ -116,26 +121,49 @@ def require_prompts(found: Collection[Any], protocols: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What the full cache answers to one continuation, T tokens: :data:`ANSWER_TOKENS`, or up to the end of the turn.
+
+    Attributes:
+        forced: ``[1, q + T - 1]`` ids fed: the continuation and the answer but for its last token.
+        places: ``[3, 1, q + T - 1]`` their positions.
+        wanted: ``[1, T, V]`` logits.
+    """
+
+    forced: Tensor
+    places: Tensor
+    wanted: Tensor
+
+    @classmethod
+    def of(cls, host: Any, full: Callable[[], FlowCache], continuation: Tensor, first: Tensor) -> Answer:
+        """Use inside :func:`reading_caches`; `full` makes a full cache, `first` ``[3, 1, 1]`` is where it goes on."""
+
+        def places(ids: Tensor) -> Tensor:
+            return first + torch.arange(ids.shape[1], device=ids.device)
+
+        tokens = answer_greedily(host, full(), continuation, places(continuation), ANSWER_TOKENS).tokens
+        # What a model would say behind the end of its turn costs nobody anything.
+        count = min(length_of_turn(host, tokens[0]) + 1, ANSWER_TOKENS)
+        forced = torch.cat([continuation, tokens[:, : count - 1]], dim=1)
+        return cls(forced, places(forced), feed(host, full(), forced, places(forced), keep=count))
+
+
+@dataclass(frozen=True)
 class Reading:
-    """A prefilled prompt and the full cache's own answer, which compressed caches are fed.
+    """A prefilled prompt and the full cache's own answers, which compressed caches are fed.
 
     Attributes:
         host: the model.
         prefilled, trial: the prompt.
         modes: each layer's on this prompt.
-        forced: ``[1, q + T - 1]`` ids fed: the continuation and the answer but for its last token. The answer is T
-            tokens long: :data:`ANSWER_TOKENS`, or up to the one that ends the turn.
-        places: ``[3, 1, q + T - 1]`` their positions.
-        wanted: ``[1, T, V]`` logits of the full cache.
+        answers: to the trial's continuation and to its others.
     """
 
     host: Any
     prefilled: Prefill
     trial: Trial
     modes: tuple[Mode, ...]
-    forced: Tensor
-    places: Tensor
-    wanted: Tensor
+    answers: tuple[Answer, ...]
 
     @classmethod
     def of(cls, model: LoadedModel, plan: Plan, trial: Trial) -> Reading:
@@ -146,23 +174,24 @@ class Reading:
             return prefilled.hide_last(prefilled.full_cache(), trial.fed_again)
 
         with reading_caches(host):
-            tokens = answer_greedily(host, full(), trial.continuation, trial.positions, ANSWER_TOKENS).tokens
-            # What a model would say behind the end of its turn costs nobody anything.
-            count = min(length_of_turn(host, tokens[0]) + 1, ANSWER_TOKENS)
-            forced = torch.cat([trial.continuation, tokens[:, : count - 1]], dim=1)
-            places = trial.positions[..., :1] + torch.arange(forced.shape[1], device=forced.device)
-            wanted = feed(host, full(), forced, places, keep=count)
-        return cls(host, prefilled, trial, prefilled.modes(plan), forced, places, wanted)
+            answers = tuple(
+                Answer.of(host, full, continuation, trial.positions[..., :1])
+                for continuation in (trial.continuation, *trial.others)
+            )
+        return cls(host, prefilled, trial, prefilled.modes(plan), answers)
 
     def cache(self, settings: CompressionSettings) -> FlowCache:
         """The prompt compressed as `settings` say, ready for the continuation."""
         return self.prefilled.hide_last(self.prefilled.cache(settings), self.trial.fed_again)
 
     def divergence(self, caches: Sequence[FlowCache]) -> Tensor:
-        """``[caches, T]``: KL(full || compressed) in nats. Use inside :func:`reading_caches`."""
-        forced = self.forced.expand(len(caches), -1)
-        logits = feed(self.host, FlowCache.stack(list(caches)), forced, self.places, keep=self.wanted.shape[1])
-        return divergence(self.wanted, logits)
+        """``[caches, T]``: KL(full || compressed) in nats of all answers' tokens. Use inside :func:`reading_caches`."""
+        return torch.cat([self._divergence(caches, answer) for answer in self.answers], dim=1)
+
+    def _divergence(self, caches: Sequence[FlowCache], answer: Answer) -> Tensor:
+        forced = answer.forced.expand(len(caches), -1)
+        logits = feed(self.host, FlowCache.stack(caches), forced, answer.places, keep=answer.wanted.shape[1])
+        return divergence(answer.wanted, logits)
 
 
 @dataclass(frozen=True)

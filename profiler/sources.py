@@ -26,6 +26,9 @@ DEFAULT_FOLDER_PROMPT = "Describe the image."
 # A generated picture has 32 pixels a side; other models than the pocket one see it at a photograph's size.
 PHOTO_SIDE = 448
 
+Prompt = tuple[list[Any], tuple[str, ...]]
+"""Messages and further questions."""
+
 
 def open_source(data: str, *, limit: int | None, seed: int, prompt: str | None, photo_size: bool) -> Source:
     """The source `data` names; formats as in :func:`flowmm.profiler.calibration.open_calibration`.
@@ -76,7 +79,8 @@ def _milebench(files: list[Path]) -> Source:
             if isinstance(sample, UnreadableSample):
                 yield sample
             else:
-                yield _sample_or_reason(f"{sample.dataset}:{sample.sample_id}", sample.messages)
+                name = f"{sample.dataset}:{sample.sample_id}"
+                yield _sample_or_reason(name, lambda read=sample.messages: (read(), ()))
 
     return Source(read, sum(len(milebench.read_dataset(file)) for file in files))
 
@@ -88,7 +92,8 @@ def _generated(count: int, seed: int, photo_size: bool) -> Iterator[Sample]:
         messages = sample.messages()
         if photo_size:
             messages = [_enlarged(message) for message in messages]
-        yield CalibrationSample(f"{GENERATED}:{sample.task}:{sample.index}", messages)
+        further = tuple("\n" + question for question in sample.further)
+        yield CalibrationSample(f"{GENERATED}:{sample.task}:{sample.index}", messages, further)
 
 
 def _enlarged(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,7 +121,7 @@ def _json_document(path: Path) -> Source:
 
     def read() -> Iterator[Sample]:
         for number, record in enumerate(records, start=1):
-            yield _sample_or_reason(f"{path.name}:{number}", partial(_messages_of, record, path.parent))
+            yield _sample_or_reason(f"{path.name}:{number}", partial(_prompt_of, record, path.parent))
 
     return Source(read, len(records))
 
@@ -136,15 +141,23 @@ def _json_lines_file(path: Path) -> Source:
 def _json_lines(lines: Iterable[str], name: str, folder: Path) -> Iterator[Sample]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield _sample_or_reason(f"{name}:{number}", partial(_messages_of_line, line, folder))
+            yield _sample_or_reason(f"{name}:{number}", partial(_prompt_of_line, line, folder))
 
 
-def _messages_of_line(line: str, folder: Path) -> list[Any]:
+def _prompt_of_line(line: str, folder: Path) -> Prompt:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(str(error)) from error
-    return _messages_of(record, folder)
+    return _prompt_of(record, folder)
+
+
+def _prompt_of(record: Any, folder: Path) -> Prompt:
+    """Messages, and other questions about the same context, ``{..., "questions": [texts]}``."""
+    messages, further = _messages_of(record, folder), record.get("questions", [])
+    if not isinstance(further, list) or not all(isinstance(text, str) for text in further):
+        raise InputError('expected "questions" to be a list of texts')
+    return messages, tuple(further)
 
 
 def _messages_of(record: Any, folder: Path) -> list[Any]:
@@ -159,8 +172,8 @@ def _messages_of(record: Any, folder: Path) -> list[Any]:
     return build_messages(prompt, [near(image, folder) for image in images])
 
 
-def _sample_or_reason(name: str, messages: Callable[[], list[Any]]) -> Sample:
+def _sample_or_reason(name: str, read: Callable[[], Prompt]) -> Sample:
     try:
-        return CalibrationSample(name, messages())
+        return CalibrationSample(name, *read())
     except InputError as error:
         return UnreadableSample(name, str(error))

@@ -35,13 +35,15 @@ Message = Mapping[str, Any]
 class Conversations:
     """What is compressed and what is asked in all; `opened`: the compressed part ends with an assistant's opening.
 
-    `fed_again` tokens at the prompt's end are fed once more after the compression.
+    `fed_again` tokens at the prompt's end are fed once more after the compression. `others` ask something else in all,
+    after the same compressed part.
     """
 
     compressed: list[Message]
     whole: list[Message]
     opened: bool
     fed_again: int = 0
+    others: tuple[list[Message], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Trial:
         prompt_positions: ``[3, 1, L]`` M-RoPE positions.
         positions: ``[3, 1, q]`` of the continuation.
         fed_again: the continuation starts with so many of the prompt's last tokens.
+        others: ``[1, q]`` each, continuations that may be fed instead, from the same position on.
     """
 
     inputs: dict[str, Tensor]
@@ -61,6 +64,7 @@ class Trial:
     prompt_positions: Tensor
     positions: Tensor
     fed_again: int
+    others: tuple[Tensor, ...] = ()
 
     @property
     def prompt_length(self) -> int:
@@ -75,13 +79,16 @@ def build_trial(model: LoadedModel, chat: Conversations) -> Trial:
     """
     ids = model.build_inputs(chat.compressed, add_generation_prompt=chat.opened)["input_ids"][0]
     inputs = model.build_inputs(chat.whole)
-    cut = _common_prefix(ids.tolist(), inputs["input_ids"][0].tolist())
-    continuation = inputs["input_ids"][:, cut - chat.fed_again :]
-    if bool(visual_mask(model.model.config, continuation).any()):
+    wholes = [inputs["input_ids"], *(model.build_inputs(other)["input_ids"] for other in chat.others)]
+    # All continue one prompt, however the tokenizer joins what they begin with to its end.
+    cut = min(_common_prefix(ids.tolist(), whole[0].tolist()) for whole in wholes)
+    continuation, *others = (whole[:, cut - chat.fed_again :] for whole in wholes)
+    if any(bool(visual_mask(model.model.config, ids).any()) for ids in (continuation, *others)):
         raise InputError("images behind the compressed prompt are not supported; put them in front")
     prompt = {name: tensor[:, :cut] if name in _PER_TOKEN else tensor for name, tensor in inputs.items()}
     positions = _positions(model, inputs)
-    return Trial(prompt, continuation, positions[..., :cut], positions[..., cut - chat.fed_again :], chat.fed_again)
+    fed = positions[..., cut - chat.fed_again :]
+    return Trial(prompt, continuation, positions[..., :cut], fed, chat.fed_again, tuple(others))
 
 
 _PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids")

@@ -29,6 +29,8 @@ CANDIDATES_PER_PICK = 2
 # product reads its factors again for every piece.
 PRODUCTS_AT_A_TIME = 2**18
 DEFAULT_WINDOW = 64
+# More than any distance in units, and a whole number that fp32 can hold.
+MOST_STEPS = 2.0**24
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,19 @@ def kcenter(view: LayerView, picks: float | None) -> Tensor:
     evenly spaced candidates instead of all entries, see :data:`KCENTER_WHOLE`. Scores are minus the order of the pick;
     an entry that was never picked has -inf.
     """
+    return _greedy(view, picks, weighted=False)
+
+
+def weighted_kcenter(view: LayerView, picks: float | None) -> Tensor:
+    """:func:`kcenter` with distances multiplied by the norm of the entry's own key.
+
+    A query that looks for an entry misses it by the more, the farther its nearest kept one is and the longer its key:
+    both move the logit.
+    """
+    return _greedy(view, picks, weighted=True)
+
+
+def _greedy(view: LayerView, picks: float | None, *, weighted: bool) -> Tensor:
     content, length, strides = view.content, view.key.shape[2], _strides(view)
     candidates, entries, unit = view.shared.once(("distances", strides), lambda: _distances(view, strides))
     batch, rounds, pace = _pace(view, picks)
@@ -116,12 +131,14 @@ def kcenter(view: LayerView, picks: float | None) -> Tensor:
     distance = torch.where(open_entries, float("inf"), float("-inf"))
     forced, counted = _first_of(view.forced, view.forced_slots)
     _come_nearer(distance, entries, entries_at(content, forced), counted)
+    weight = _weights(view, candidates, entries) if weighted else None
     rows, heads_inside = as_rows(content)
     places = flat_index(candidates.clamp(max=length - 1), length, heads_inside)
     earlier_first = torch.arange(candidates.shape[2] - 1, -1, -1, device=entries.device)
     order = []
     for turn in range(rounds):
-        farthest = _in_steps(distance, unit, earlier_first).topk(batch, dim=-1).indices
+        missed = distance if weight is None else distance * weight
+        farthest = _in_steps(missed, unit, earlier_first).topk(batch, dim=-1).indices
         away = distance.gather(2, farthest)
         picked = (away > float("-inf")) & taken
         order.append((farthest, picked))
@@ -212,12 +229,22 @@ def _distance_unit(norms: Tensor) -> Tensor:
     return torch.exp2(norms.amax(2, keepdim=True).clamp(min=1e-30).log2().ceil()) / 1024
 
 
+def _weights(view: LayerView, candidates: Tensor, entries: Tensor) -> Tensor:
+    """Squared norms ``[B, H, C]`` of the candidates, about 1 on average; never 0, or infinite distances were lost."""
+    counted = torch.nn.functional.pad(view.layout.valid, (0, 1))[:, None].expand(-1, candidates.shape[1], -1)
+    counted = counted.gather(2, candidates)
+    norms = entries[:, :, -2].masked_fill(~counted, 0.0)
+    mean = norms.sum(-1, keepdim=True) / counted.sum(-1, keepdim=True).clamp(min=1)
+    # A power of two, as for the unit: the sum's rounding depends on padding.
+    return (norms / torch.exp2(mean.clamp(min=1e-30).log2().round())).clamp_(min=1e-30)
+
+
 def _in_steps(distance: Tensor, unit: Tensor, earlier_first: Tensor) -> Tensor:
     """Ranks of ``[B, H, C]`` as integers: whole units first, then `earlier_first`, the numbers from C - 1 down to 0.
 
     Equal tokens have equal content but for rounding, which depends on padding; it must not choose between them.
     """
-    steps = (distance / unit).clamp_(min=-1.0, max=8192.0).floor_().long()
+    steps = (distance / unit).clamp_(min=-1.0, max=MOST_STEPS).floor_().long()
     return steps.mul_(distance.shape[-1]).add_(earlier_first)
 
 
@@ -282,6 +309,7 @@ SELECTORS: dict[str, Callable[[LayerView, float | None], Tensor]] = {
     "proxy_pool": proxy_pool,
     "column_mean": column_mean_score,
     "kcenter": kcenter,
+    "weighted_kcenter": weighted_kcenter,
     "novelty": novelty,
     "random": random,
     "uniform": uniform,

@@ -53,7 +53,7 @@ def plan(model: LoadedModel) -> Plan:
 
 
 def few_proposals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decisions, "SELECTIONS", ({"selector": "kcenter", "keep_proxies": False},))
+    monkeypatch.setattr(decisions, "SELECTIONS", ({"selector": "weighted_kcenter", "keep_proxies": False},))
     monkeypatch.setattr(decisions, "OPERATORS", ("evict",))
     monkeypatch.setattr(decisions, "SIMILARITIES", ())
     monkeypatch.setattr(decisions, "GATES", ("none",))
@@ -65,7 +65,7 @@ NOTHING: tuple[dict[str, Any], ...] = ({},) * 4
 def test_proposals_change_something_and_leave_a_persons_mode_alone(plan: Plan) -> None:
     found = list(proposals(plan, NOTHING))
     assert len({str(state) for state in found}) == len(found)
-    kcenter = {"selector": "kcenter", "keep_proxies": False}
+    kcenter = {"selector": "weighted_kcenter", "keep_proxies": False}
     assert ({}, kcenter, kcenter, {}) in found, "a stretch of layers"
     assert ({}, {}, {"min_sim": 0.8}, {}) in found
     assert ({}, {}, {"tau": "pivot_quantile:0.8"}, {}) in found
@@ -84,7 +84,7 @@ def test_proposals_change_something_and_leave_a_persons_mode_alone(plan: Plan) -
 
 
 def test_proposals_add_to_what_was_chosen_and_lead_back(plan: Plan) -> None:
-    kcenter = {"selector": "kcenter"}
+    kcenter = {"selector": "weighted_kcenter"}
     state = ({"selector": "proxy+novelty", "first_share": 0.25}, {"merge": "evict"}, {}, {})
     found = list(proposals(plan, state))
     assert state not in found
@@ -133,14 +133,14 @@ class Simulated:
 
 def wins(arrangement: Arrangement) -> float:
     """Layers 1 and 2 gain by k-center only together, layer 3 by eviction."""
-    kcenter = [method.selector == "kcenter" for method in arrangement.methods]
+    kcenter = [method.selector == "weighted_kcenter" for method in arrangement.methods]
     return 0.3 * (kcenter[1] and kcenter[2]) - 0.05 * sum(kcenter) + 0.1 * (arrangement.methods[3].merge == "evict")
 
 
 def test_what_holds_on_both_halves_is_chosen_also_where_layers_must_change_together(plan: Plan) -> None:
     prompts: Any = Simulated(32, wins, 0.05)
     found = measure_choices(prompts, plan)
-    assert [choice and choice.selector for choice in found] == [None, "kcenter", "kcenter", None]
+    assert [choice and choice.selector for choice in found] == [None, "weighted_kcenter", "weighted_kcenter", None]
     assert found[3] is not None
     assert found[3].merge == "evict"
     for choice in filter(None, found):
@@ -200,7 +200,7 @@ def test_choices_and_their_curves_are_stored(model: LoadedModel, plan: Plan, mon
 def test_joint_budgets_are_measured_again_with_the_choices(
     model: LoadedModel, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choice = LayerChoice(selector="kcenter", keep_proxies=False, cost=(1.0, 0.5))
+    choice = LayerChoice(selector="weighted_kcenter", keep_proxies=False, cost=(1.0, 0.5))
     asked: list[Any] = []
 
     def path(prompts: JointPrompts, plan: Plan, **_: Any) -> Any:

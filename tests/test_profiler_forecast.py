@@ -45,7 +45,9 @@ def test_no_more_is_asked_of_the_model_than_forecast(
     monkeypatch.setattr(sensitivity, "feed", counting("feeds", sensitivity.feed))
     samples = load_calibration("pocket", limit=2)
     measure_layers(model, plan, samples, budgets=budgets, choices=choices, protocols=("blind",))
-    cost = LayerMeasurements(2, ("blind",), budgets, choices).cost(plan.model, 500.0)
+    questions = max(1 + len(sample.further) for sample in samples)
+    assert questions == 5
+    cost = LayerMeasurements(2, ("blind",), budgets, choices).cost(plan.model, 500.0, questions)
     assert cost is not None
     assert 0 < counted["prefills"] <= cost.prefills
     # Decoding the full cache's answer is forecast, but not counted here.

@@ -59,7 +59,7 @@ def test_a_cost_is_the_divergence_of_the_cache_that_a_run_would_make(
     model: LoadedModel, plan: Plan, path: tuple[Allocation, ...]
 ) -> None:
     (sample,) = load_calibration("pocket", limit=1)
-    chat = PROTOCOLS["blind"](sample.messages)
+    chat = PROTOCOLS["blind"](sample)
     assert chat is not None
     trial = build_trial(model, chat)
     prefilled = prefill(model.model, trial)
@@ -69,17 +69,22 @@ def test_a_cost_is_the_divergence_of_the_cache_that_a_run_would_make(
         return [entry_budget(length, ratio) for ratio in found.ratios]
 
     settings = CompressionSettings(plan.method, prefilled.modes(plan), entries)
+    questions = [trial.continuation, *trial.others]
+    assert len({tuple(question[0].tolist()) for question in questions}) == 5
+    divergences = []
     with reading_caches(model.model):
-        full = prefilled.full_cache()
-        tokens = answer_greedily(model.model, full, trial.continuation, trial.positions, 4).tokens
-        count = min(length_of_turn(model.model, tokens[0]) + 1, 4)
-        fed = torch.cat([trial.continuation, tokens[:, : count - 1]], dim=1)
-        places = trial.positions[..., :1] + torch.arange(fed.shape[1])
-        wanted, given = (
-            feed(model.model, cache, fed, places, keep=count)
-            for cache in (prefilled.full_cache(), prefilled.cache(settings))
-        )
-    expected = (divergence(wanted, given) / 2).sqrt().clamp(max=1).mean()
+        for question in questions:
+            first = trial.positions[..., :1] + torch.arange(question.shape[1])
+            tokens = answer_greedily(model.model, prefilled.full_cache(), question, first, 4).tokens
+            count = min(length_of_turn(model.model, tokens[0]) + 1, 4)
+            fed = torch.cat([question, tokens[:, : count - 1]], dim=1)
+            places = trial.positions[..., :1] + torch.arange(fed.shape[1])
+            wanted, given = (
+                feed(model.model, cache, fed, places, keep=count)
+                for cache in (prefilled.full_cache(), prefilled.cache(settings))
+            )
+            divergences.append(divergence(wanted, given))
+    expected = (torch.cat(divergences, dim=1) / 2).sqrt().clamp(max=1).mean()
     assert found.cost == pytest.approx(float(expected), abs=1e-4)
 
 

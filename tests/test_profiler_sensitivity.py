@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,10 @@ def test_curves_have_a_row_per_prompt_and_fall_to_nothing(model: LoadedModel, pl
     assert measured.cost[..., 0].mean() > measured.cost[..., 1].mean() > measured.cost[..., 2].mean()
 
 
+def _of_one_question() -> list[CalibrationSample]:
+    return [replace(sample, further=()) for sample in load_calibration("pocket", limit=1)]
+
+
 def test_one_layer_alone_is_compressed(model: LoadedModel, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[tuple[int, ...]] = []
     original = flowmm.runtime.FlowCache.stack
@@ -50,7 +55,7 @@ def test_one_layer_alone_is_compressed(model: LoadedModel, plan: Plan, monkeypat
         return original(caches)
 
     monkeypatch.setattr("flowmm.profiler.sensitivity.FlowCache.stack", watch)
-    measure_sensitivity(model, plan, load_calibration("pocket", limit=1), ratios=(0.1,), protocols=("blind",))
+    measure_sensitivity(model, plan, _of_one_question(), ratios=(0.1,), protocols=("blind",))
     assert len(kept) == len(plan.layers)
     for layer, counts in enumerate(kept):
         full = max(counts)
@@ -72,7 +77,7 @@ def test_other_layers_stay_whole_while_the_answer_is_fed(
         return stacks[-1][1]
 
     monkeypatch.setattr("flowmm.profiler.sensitivity.FlowCache.stack", watch)
-    measure_sensitivity(model, plan, load_calibration("pocket", limit=1), ratios=(0.1,), protocols=(protocol,))
+    measure_sensitivity(model, plan, _of_one_question(), ratios=(0.1,), protocols=(protocol,))
     whole = {state.kept for layer, cache in stacks for other, state in enumerate(cache.states) if other != layer}
     compressed = [cache.states[layer].kept for layer, cache in stacks]
     assert len(whole) == 1, "every full layer holds the prompt and all that was fed"
@@ -108,8 +113,8 @@ def test_measured_budgets_are_used_by_a_run(model: LoadedModel, plan: Plan) -> N
 def test_prompts_without_a_question_behind_the_context_have_no_blind_protocol(model: LoadedModel, plan: Plan) -> None:
     alone = CalibrationSample("text", [{"role": "user", "content": "hello"}])
     image_last = [{"type": "text", "text": "look"}, {"type": "image", "image": tiny_image()}]
-    assert blind(alone.messages) is None
-    assert blind([{"role": "user", "content": image_last}]) is None
+    assert blind(alone) is None
+    assert blind(CalibrationSample("image", [{"role": "user", "content": image_last}])) is None
     with pytest.raises(InputError, match="blind"):
         measure_sensitivity(model, plan, [alone], protocols=("blind",))
     with pytest.raises(InputError, match="expected one or more of aware, blind"):

@@ -88,6 +88,17 @@ def test_one_conversation_in_a_json_file(folder: Path) -> None:
     assert hashes(load_calibration(str(folder / "chat.json"))) == expected_hashes([("?", ["red"])])
 
 
+def test_further_questions_come_with_the_prompt_and_count(folder: Path) -> None:
+    record = {"images": ["red.png"], "prompt": "?", "questions": ["how many?", "what colour?"]}
+    (folder / "prompts.jsonl").write_text(json.dumps(record))
+    (sample,) = load_calibration(str(folder / "prompts.jsonl"))
+    assert sample.opened().further == sample.further == ("how many?", "what colour?")
+    assert hashes([sample]) != expected_hashes([("?", ["red"])])
+    (folder / "prompts.jsonl").write_text(json.dumps(record | {"questions": "how many?"}))
+    with pytest.raises(InputError, match='"questions" to be a list of texts'):
+        load_calibration(str(folder / "prompts.jsonl"))
+
+
 def parquet_hashes(path: Path, columns: dict[str, Any]) -> list[str]:
     pq.write_table(pa.table(columns), path)
     return hashes(load_calibration(str(path)))

@@ -26,10 +26,13 @@ SELECTORS = [
     "column_mean:8",
     "kcenter",
     "kcenter:1",
+    "weighted_kcenter",
+    "weighted_kcenter:1",
     "novelty:16",
     "random:3",
     "uniform",
     "proxy+kcenter",
+    "proxy+weighted_kcenter",
     "uniform+random",
 ]
 GREEDY: dict[str, Any] = {
@@ -103,16 +106,18 @@ def test_column_mean_equals_the_dense_mean() -> None:
     torch.testing.assert_close(sampled, attention[:, :, rows].sum(2) / seen)
 
 
-def test_kcenter_is_greedy_farthest_first() -> None:
+@pytest.mark.parametrize("selector", ["kcenter:1", "weighted_kcenter:1"])
+def test_kcenter_is_greedy_farthest_first(selector: str) -> None:
     query, key, value, layout = a_layer(3, 30)
     rotary = rotary_of(30)
-    method = MethodParameters(selector="kcenter:1", keep_proxies=False, n_sink=1, image_quota=0.0, gate=False)
+    method = MethodParameters(selector=selector, keep_proxies=False, n_sink=1, image_quota=0.0, gate=False)
     kept = positions(method, 7, (query, key, value, layout), rotary)
     content = rotary.undo(key)[0]
     for head in range(2):
         centers = [0]
+        weight = content[head].norm(dim=-1) if selector.startswith("weighted") else torch.ones(30)
         for _ in range(6):
-            gap = torch.cdist(content[head], content[head][centers]).amin(-1)
+            gap = torch.cdist(content[head], content[head][centers]).amin(-1) * weight
             centers.append(int(gap.argmax()))
         assert kept[0, head].tolist() == sorted(centers)
 
@@ -129,7 +134,7 @@ def test_a_long_prompt_offers_spaced_candidates(monkeypatch: pytest.MonkeyPatch)
     assert positions(method, 5, a_layer(3, 40), rotary_of(40)).equal(whole)
 
 
-@pytest.mark.parametrize("selector", ["kcenter", "proxy+kcenter"])
+@pytest.mark.parametrize("selector", ["kcenter", "proxy+kcenter", "weighted_kcenter"])
 def test_candidates_ignore_padding(selector: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "KCENTER_WHOLE", 8)
     monkeypatch.setattr(selection, "CANDIDATES_PER_PICK", 1)
