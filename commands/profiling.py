@@ -69,6 +69,11 @@ if TYPE_CHECKING:
     "D2O, to compare with.  [default: measured; uniform for --data -]",
 )
 @click.option(
+    "--budgets-of",
+    metavar="PLAN",
+    help="Take the layer budgets from this plan instead; with --decide measured, the default then, choices along them.",
+)
+@click.option(
     "--protocol",
     type=click.Choice(["mixed", "aware", "blind"]),
     default="mixed",
@@ -105,6 +110,7 @@ def profile(
     until_ci: float | None,
     max_bad: float,
     layer_budgets: Any,
+    budgets_of: str | None,
     protocol: Any,
     sensitivity_prompts: int,
     sample_rows: int | None,
@@ -120,8 +126,10 @@ def profile(
 
     Several processes share the prompts: torchrun --nproc-per-node 2 --no-python flowmm profile ...
     """
+    if budgets_of and layer_budgets:
+        raise click.UsageError("--budgets-of and --layer-budgets both say how the budget is split; give one of them")
     layer_budgets = layer_budgets or ("uniform" if "-" in data else "measured")
-    decide = decide or ("measured" if layer_budgets == "joint" else "theta")
+    decide = decide or ("measured" if layer_budgets == "joint" or budgets_of else "theta")
     if "-" in data and (decide == "measured" or layer_budgets not in ("uniform", "pyramid")):
         option = "--decide measured" if decide == "measured" else f"--layer-budgets {layer_budgets}"
         raise click.UsageError(f"{option} reads the prompts twice, and stdin can be read once")
@@ -133,6 +141,7 @@ def profile(
 
     from flowmm.models import load_model, resolve_source
     from flowmm.models.fingerprint import public_source
+    from flowmm.plans import Plan, resolve_plan
     from flowmm.profiler import open_calibration
     from flowmm.profiler import profile as measure
     from flowmm.profiler.calibration import calibration_name
@@ -152,7 +161,8 @@ def profile(
         )
     calm_libraries()
     loaded = load_model(model, device=rank_device(device), **loading)
-    questions = LayerQuestions(layer_budgets, decide == "measured", protocol, sensitivity_prompts)
+    rule = Plan.load(resolve_plan(budgets_of)) if budgets_of else layer_budgets
+    questions = LayerQuestions(rule, decide == "measured", protocol, sensitivity_prompts)
     if dry_run:
         _show_forecast(loaded, samples, questions.measurements, as_json)
         return

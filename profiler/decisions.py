@@ -56,8 +56,8 @@ FEWEST_TO_HALVE = 8
 # Of the present cost.
 LEAST_SHARE = 0.05
 # A path asks its prompts hundreds of times, and hangs less on each than a choice does: at most so many.
-PATH_PROMPTS = 32
-FIRST_PATH_PROMPTS = 16
+PATH_PROMPTS = 16
+FIRST_PATH_PROMPTS = 8
 
 Changes = dict[str, Any]
 """Fields of a :class:`LayerChoice`."""
@@ -287,7 +287,9 @@ def measure_layers(
         plan = with_measured_budgets(plan, curves, protocols)
     if budgets != "joint" and not choices:
         return plan
-    prompts = JointPrompts.read(model, plan, samples, hold=budgets == "joint", **how)
+    # Who paid in memory for a path of allocations pays for choices along it.
+    hold = budgets == "joint" or plan.allocations is not None
+    prompts = JointPrompts.read(model, plan, samples, hold=hold, **how)
     if choices:
         start = plan
         if budgets == "joint":

@@ -55,12 +55,13 @@ class LayerCost:
 @dataclass(frozen=True)
 class LayerMeasurements:
     """What is to be measured about layers, as of :func:`flowmm.profiler.decisions.measure_layers`; `prompts` is its
-    limit."""
+    limit, and `held` says that prompts stay in memory though no path is measured."""
 
     prompts: int
     protocols: tuple[str, ...]
     budgets: Budgets | None
     choices: bool
+    held: bool = False
 
     def cost(self, model: ModelFingerprint, tokens: float, questions: float = 1) -> LayerCost | None:
         """At most this for prompts of so many tokens; None where nothing is measured.
@@ -78,7 +79,7 @@ class LayerMeasurements:
             prefills += runs * (1 + self.choices)
             feeds += runs * (1 + self.choices) * _batches(len(RATIOS)) * layers
         if self.choices:
-            prefills += 0 if joint else runs * (ROUNDS + 2)
+            prefills += 0 if joint else runs * (1 if self.held else ROUNDS + 2)
             feeds += round(runs * _choice_batches(layers, self.prompts))
         if joint:
             prefills += runs
@@ -93,7 +94,7 @@ class LayerMeasurements:
         return LayerCost(
             prefills=prefills,
             feeds=feeds,
-            cache_bytes=round(tokens * layers * ((runs if joint else 1) * captured + rows) * width),
+            cache_bytes=round(tokens * layers * ((runs if joint or self.held else 1) * captured + rows) * width),
         )
 
 

@@ -89,6 +89,28 @@ def _cheapest(
             known[cut.layer, cut.level] = replace(cut, slope=(now - cost) / saved, cost=now, fresh=True)
 
 
+def with_budgets_of(plan: Plan, other: Plan) -> Plan:
+    """`plan` with the layer budgets of another plan of the same architecture, at every total; its note says so.
+
+    Raises:
+        PlanMismatchError: the other plan was made for another architecture.
+    """
+    other.check_model(plan.model)
+    ratios = other.layer_budgets(plan.method.budget)
+    layers = tuple(
+        layer.model_copy(update={"curve": of.curve, "budget": ratio})
+        for layer, of, ratio in zip(plan.layers, other.layers, ratios, strict=True)
+    )
+    changes = {
+        "layers": layers,
+        "allocations": other.allocations,
+        "sensitivity": other.sensitivity,
+        "budget_rule": other.budget_rule,
+        "note": f"Layer budgets were measured for plan {other.short_id}, with its layers' choices.",
+    }
+    return type(plan).model_validate(dict(plan) | changes, by_name=True)
+
+
 def with_allocations(plan: Plan, path: Sequence[Allocation], protocols: Sequence[str], prompts: int) -> Plan:
     """`plan` with a measured path, and its budget split along it; curves of single layers are dropped."""
     ratios = along_path([allocation.ratios for allocation in path], plan.method.budget)

@@ -13,6 +13,7 @@ from flowmm.plans.budget_rules import MEASURED_RULES, BudgetRule
 from flowmm.profiler.attention_statistics import measure_statistic, with_rule_budgets
 from flowmm.profiler.decisions import Budgets, measure_layers
 from flowmm.profiler.forecast import LayerMeasurements
+from flowmm.profiler.joint_budgets import with_budgets_of
 from flowmm.profiler.journal import Journal, key_of
 from flowmm.profiler.profiling import Progress
 from flowmm.profiler.ranks import Ranks
@@ -25,13 +26,13 @@ class LayerQuestions:
     """What is asked about layers.
 
     Attributes:
-        rule: how the budget is split among layers.
+        rule: how the budget is split among layers; a plan: as it splits it.
         choices: whether layers may choose other options than the plan's.
         protocol: ``aware``, ``blind`` or ``mixed`` (both).
         prompts: that are asked, at most.
     """
 
-    rule: BudgetRule | Budgets
+    rule: BudgetRule | Budgets | Plan
     choices: bool
     protocol: Literal["mixed", "aware", "blind"]
     prompts: int
@@ -40,8 +41,9 @@ class LayerQuestions:
     def measurements(self) -> LayerMeasurements:
         """The questions that compressed prompts answer."""
         protocols = MIXED if self.protocol == "mixed" else (self.protocol,)
-        budgets = self.rule if self.rule in ("measured", "joint") else None
-        return LayerMeasurements(self.prompts, protocols, budgets, self.choices)
+        budgets: Budgets | None = self.rule if self.rule == "measured" or self.rule == "joint" else None
+        held = isinstance(self.rule, Plan) and self.rule.allocations is not None
+        return LayerMeasurements(self.prompts, protocols, budgets, self.choices, held)
 
     def journal(self, records: Path | None, plan: Plan, *, resume: bool) -> Journal:
         """What an earlier run that was killed left beside the records about the layers of the same plan.
@@ -73,10 +75,13 @@ class LayerQuestions:
     ) -> Plan:
         """`plan` with its budget split by the rule, and with the layers' own choices if asked for.
 
-        Arguments and errors as of :func:`flowmm.profiler.decisions.measure_layers`.
+        Arguments and errors as of :func:`flowmm.profiler.decisions.measure_layers`, and PlanMismatchError: budgets of a
+        plan for another architecture.
         """
         asked = self.measurements
-        if self.rule != "measured" and self.rule != "joint":
+        if isinstance(self.rule, Plan):
+            plan = with_budgets_of(plan, self.rule)
+        elif self.rule != "measured" and self.rule != "joint":
             statistic = None
             if self.rule in MEASURED_RULES:
                 shown = progress("measured layers on", "prompts")

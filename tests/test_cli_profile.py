@@ -74,6 +74,23 @@ def test_options_reach_the_plan(profile: Any, pictures: Path) -> None:
     assert Path("r.parquet").is_file()
 
 
+def test_budgets_of_another_plan(profile: Any, pictures: Path, capsys: Any) -> None:
+    data = ("--data", pictures, "--prompt", "what is this?", "-q")
+    assert profile(*data, "--layer-budgets", "joint", "--decide", "theta", "--out", "old.json") == 0
+    assert profile(*data, "--budgets-of", "old.json", "--decide", "theta", "--out", "new.json") == 0
+    old, new = Plan.load("old.json"), Plan.load("new.json")
+    assert old.allocations is not None
+    assert new.allocations == old.allocations
+    for total in (0.05, 0.2, 0.5):
+        assert new.layer_budgets(total) == old.layer_budgets(total)
+    assert old.short_id in new.note
+    capsys.readouterr()
+    assert profile(*data, "--budgets-of", "old.json", "--layer-budgets", "uniform", "--out", "no.json") == 2
+    assert "give one of them" in capsys.readouterr().err
+    assert profile(*data, "--budgets-of", "pocket", "--out", "no.json") == 3
+    assert not Path("no.json").exists()
+
+
 def test_an_existing_plan_is_kept_unless_told_otherwise(profile: Any, pictures: Path, capsys: Any) -> None:
     Path("plan.json").write_text("mine", encoding="utf-8")
     assert profile("--data", pictures, "--out", "plan.json") == 2
