@@ -130,7 +130,8 @@ def test_compare_with_everything_kept_agrees_in_every_token(ask: Any, image: Pat
 
 @pytest.mark.parametrize("preset", ["robust", "evict"])
 def test_a_static_cache_answers_with_the_same_tokens(ask: Any, preset: str, image: Path, capsys: Any) -> None:
-    words = ["--image", image, QUESTION, "--json", "--preset", preset, "--budget", "0.25"]
+    # In fp32: at a near-tie of random weights, one rounding step of bf16 decides between two tokens.
+    words = ["--image", image, QUESTION, "--json", "--preset", preset, "--budget", "0.25", "--dtype", "fp32"]
     assert ask(*words, "--cache", "growing", tokens=12) == 0
     growing = object_on_stdout(capsys)
     assert ask(*words, "--cache", "static", tokens=12) == 0
