@@ -151,6 +151,8 @@ def profile(
     from flowmm.profiler.ranks import is_first_rank, joined_ranks, rank_device, refuse_shared_stdin
 
     refuse_shared_stdin(data)
+    rule = Plan.load(resolve_plan(budgets_of)) if budgets_of else layer_budgets
+    questions = LayerQuestions(rule, decide == "measured", protocol, sensitivity_prompts)
     bound_kernel_caches()
     photographs = public_source(resolve_source(model)) != "pocket"
     samples = open_calibration(data, limit=limit, seed=seed, prompt=prompt, photo_size=photographs)
@@ -161,8 +163,6 @@ def profile(
         )
     calm_libraries()
     loaded = load_model(model, device=rank_device(device), **loading)
-    rule = Plan.load(resolve_plan(budgets_of)) if budgets_of else layer_budgets
-    questions = LayerQuestions(rule, decide == "measured", protocol, sensitivity_prompts)
     if dry_run:
         _show_forecast(loaded, samples, questions.measurements, as_json)
         return

@@ -217,7 +217,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "robust": {},
     # Best when the question is in the prompt: the entries and the masses that its last rows ask for.
     "aware": {"selector": "proxy", "mass": "proxy", "min_sim": -1.0, "image_quota": 0.0},
-    # Best when questions come later: entries that differ most, nothing chosen by the prompt's end.
+    # Best when questions come later: entries that one would miss most, nothing chosen by the prompt's end.
     "reuse": {"selector": "weighted_kcenter", "keep_proxies": False},
     # Same pivots as `robust`, nothing merged: separates selection from merging.
     "evict": {"merge": "evict"},

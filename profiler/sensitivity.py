@@ -145,7 +145,8 @@ class Answer:
         # What a model would say behind the end of its turn costs nobody anything.
         count = min(length_of_turn(host, tokens[0]) + 1, ANSWER_TOKENS)
         forced = torch.cat([continuation, tokens[:, : count - 1]], dim=1)
-        return cls(forced, places(forced), feed(host, full(), forced, places(forced), keep=count))
+        fed_at = places(forced)
+        return cls(forced, fed_at, feed(host, full(), forced, fed_at, keep=count))
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def build_trial(model: LoadedModel, chat: Conversations) -> Trial:
     # All continue one prompt, however the tokenizer joins what they begin with to its end.
     cut = min(_common_prefix(ids.tolist(), whole[0].tolist()) for whole in wholes)
     continuation, *others = (whole[:, cut - chat.fed_again :] for whole in wholes)
-    if any(bool(visual_mask(model.model.config, ids).any()) for ids in (continuation, *others)):
+    if any(bool(visual_mask(model.model.config, fed).any()) for fed in (continuation, *others)):
         raise InputError("images behind the compressed prompt are not supported; put them in front")
     prompt = {name: tensor[:, :cut] if name in _PER_TOKEN else tensor for name, tensor in inputs.items()}
     positions = _positions(model, inputs)

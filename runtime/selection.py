@@ -122,7 +122,7 @@ def weighted_kcenter(view: LayerView, picks: float | None) -> Tensor:
 
 def _greedy(view: LayerView, picks: float | None, *, weighted: bool) -> Tensor:
     content, length, strides = view.content, view.key.shape[2], _strides(view)
-    candidates, entries, unit = view.shared.once(("distances", strides), lambda: _distances(view, strides))
+    candidates, entries, unit, typical = view.shared.once(("distances", strides), lambda: _distances(view, strides))
     batch, rounds, pace = _pace(view, picks)
     batch = min(batch, candidates.shape[2])
     taken = torch.arange(batch, device=entries.device) < pace[:, None, None]
@@ -131,7 +131,8 @@ def _greedy(view: LayerView, picks: float | None, *, weighted: bool) -> Tensor:
     distance = torch.where(open_entries, float("inf"), float("-inf"))
     forced, counted = _first_of(view.forced, view.forced_slots)
     _come_nearer(distance, entries, entries_at(content, forced), counted)
-    weight = _weights(view, candidates, entries) if weighted else None
+    # Never 0, or infinite distances were lost.
+    weight = (entries[:, :, -2] / typical).clamp_(min=1e-30) if weighted else None
     rows, heads_inside = as_rows(content)
     places = flat_index(candidates.clamp(max=length - 1), length, heads_inside)
     earlier_first = torch.arange(candidates.shape[2] - 1, -1, -1, device=entries.device)
@@ -192,12 +193,12 @@ def _first_of(mask: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     return index, torch.arange(slots, device=mask.device) < mask.sum(-1, keepdim=True)
 
 
-def _distances(view: LayerView, strides: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _distances(view: LayerView, strides: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Candidates and what their distances are computed from.
 
     Returns:
-        positions ``[B, H, C]`` (L: an empty slot); ``[B, H, D + 2, C]``, see :func:`_with_norms`; and the unit of
-        distances ``[B, H, 1]``.
+        positions ``[B, H, C]`` (L: an empty slot); ``[B, H, D + 2, C]``, see :func:`_with_norms`; the unit of
+        distances ``[B, H, 1]``; and about the mean of the squared norms, ``[B, H, 1]``.
     """
     content, layout = view.content, view.layout
     batch, heads, length = content.shape[:3]
@@ -211,7 +212,10 @@ def _distances(view: LayerView, strides: tuple[int, ...]) -> tuple[Tensor, Tenso
         candidates = torch.where(valid, index, length).expand(batch, heads, slots)
         chosen = entries_at(content, index.expand(batch, heads, slots))
     entries, norms = _with_norms(chosen)
-    return candidates, entries, _distance_unit(norms.masked_fill(~valid, 0.0))
+    norms = norms.masked_fill(~valid, 0.0)
+    mean = norms.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1)
+    # A power of two, as the unit is: the sum's rounding depends on padding.
+    return candidates, entries, _distance_unit(norms), torch.exp2(mean.clamp(min=1e-30).log2().round())
 
 
 def _with_norms(content: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,16 +231,6 @@ def _with_norms(content: Tensor) -> tuple[Tensor, Tensor]:
 def _distance_unit(norms: Tensor) -> Tensor:
     """``[B, H, 1]``: about a thousandth of the largest of the squared norms ``[B, H, L]``, a power of two."""
     return torch.exp2(norms.amax(2, keepdim=True).clamp(min=1e-30).log2().ceil()) / 1024
-
-
-def _weights(view: LayerView, candidates: Tensor, entries: Tensor) -> Tensor:
-    """Squared norms ``[B, H, C]`` of the candidates, about 1 on average; never 0, or infinite distances were lost."""
-    counted = torch.nn.functional.pad(view.layout.valid, (0, 1))[:, None].expand(-1, candidates.shape[1], -1)
-    counted = counted.gather(2, candidates)
-    norms = entries[:, :, -2].masked_fill(~counted, 0.0)
-    mean = norms.sum(-1, keepdim=True) / counted.sum(-1, keepdim=True).clamp(min=1)
-    # A power of two, as for the unit: the sum's rounding depends on padding.
-    return (norms / torch.exp2(mean.clamp(min=1e-30).log2().round())).clamp_(min=1e-30)
 
 
 def _in_steps(distance: Tensor, unit: Tensor, earlier_first: Tensor) -> Tensor:
