@@ -1,4 +1,4 @@
-"""The one place that compiles: pivot selection, gated matching and merging of a layer as a single graph.
+"""Pivot selection, gated matching and merging of a layer, compiled as a single graph; where and how else is compiled.
 
 Lengths, budgets, modes and thresholds are inputs of the graph, so one graph serves all prompts; only a method's rules
 (the names of its operator, tau rule, gate action, ...) make another one. Code is kept on disk, where the next process
@@ -38,7 +38,7 @@ CPU_DECODING = {
     # Linear layers of one row become loops of their own, fused with what surrounds them: they read matrices of up to
     # 2,048 columns at the memory's bandwidth, where the library's kernel reaches two thirds of it.
     "post_grad_fusion_options": {"decompose_mm_pass": {}},
-    # Guards have checked sizes and strides of every weight just before.
+    # Sizes and strides of every weight have been checked before, by guards or once per answer.
     "size_asserts": False,
 }
 
@@ -183,7 +183,7 @@ def decoding_config(device: torch.device) -> CompileConfig | None:
     """transformers' options for one compiled graph per decoded token; None and a warning where no compiler is found."""
     if not _can_compile(device, "decoding runs"):
         return None
-    _keep_code()
+    kept_code_directory()
     if device.type == "cuda":
         return CompileConfig(fullgraph=True)
     # Options and a named mode exclude each other; without either, torch takes the default mode.
@@ -207,17 +207,17 @@ def _can_compile(device: torch.device, what: str) -> bool:
 
 @cache
 def _compiled() -> Callable[..., Outcome]:
-    _keep_code()
-    return KeptCode(merge_layer, Path(os.environ[CACHE_VARIABLE]) / merge_layer.__name__)
+    return KeptCode(merge_layer, kept_code_directory() / merge_layer.__name__)
 
 
-def _keep_code() -> None:
-    """Let compiled code be kept where the next process finds it."""
+def kept_code_directory() -> Path:
+    """Where compiled code is kept, so that the next process finds it; torch is told, too."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     # Importing torch's compiler may already have named a directory that does not outlive a restart.
     if os.environ.get(CACHE_VARIABLE) in (None, default_cache_dir()):
         os.environ[CACHE_VARIABLE] = str(_cache_directory())
+    return Path(os.environ[CACHE_VARIABLE])
 
 
 def _cache_directory() -> Path:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowmm.errors import InputError
 from flowmm.plans.files import write_atomic
 
 SUFFIX = ".code"
@@ -68,7 +69,7 @@ class KeptCode:
         for variant in loaded:
             if variant.guard_check(*arguments):
                 return variant
-        folder = self._directory / _digest(repr((_environment(), kind)).encode())
+        folder = self._directory / digest_of(repr((environment(), kind)).encode())
         for variant in self._on_disk.setdefault(kind, self._read(folder)):
             loaded.append(variant)
             if variant.guard_check(*arguments):
@@ -91,12 +92,10 @@ class KeptCode:
         return variant
 
     def _read(self, folder: Path) -> Iterator[Any]:
-        for path in sorted(folder.glob(f"*{SUFFIX}")):
+        for path in intact(folder, SUFFIX):
             try:
-                content = path.read_bytes()
-                if _digest(content) != path.stem:
-                    raise ValueError("damaged")
-                variant: Any = torch.compiler.load_compiled_function(io.BytesIO(content), f_globals=self._globals)
+                content = io.BytesIO(path.read_bytes())
+                variant: Any = torch.compiler.load_compiled_function(content, f_globals=self._globals)
             except Exception as error:
                 logger.info("%s is not used: %s", path, error)
                 path.unlink(missing_ok=True)
@@ -110,10 +109,33 @@ class KeptCode:
                 path = Path(temporary, "code")
                 variant.save_compiled_function(str(path))
                 content = path.read_bytes()
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(folder / f"{_digest(content)}{SUFFIX}", content)
         except Exception as error:
             logger.info("compiled code is not kept in %s: %s", folder, error)
+            return
+        keep(folder, SUFFIX, content)
+
+
+def intact(folder: Path, suffix: str) -> Iterator[Path]:
+    """Kept files whose content is what their names say; others are removed."""
+    for path in sorted(folder.glob(f"*{suffix}")):
+        try:
+            if digest_of(path.read_bytes()) == path.stem:
+                yield path
+                continue
+        except OSError as error:
+            logger.info("%s is not used: %s", path, error)
+            continue
+        logger.info("%s is not used: damaged", path)
+        path.unlink(missing_ok=True)
+
+
+def keep(folder: Path, suffix: str, content: bytes) -> None:
+    """Write a file named by the digest of its content, whole or not at all; what stands in the way is logged."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / f"{digest_of(content)}{suffix}", content)
+    except (OSError, InputError) as error:
+        logger.info("compiled code is not kept in %s: %s", folder, error)
 
 
 def _kind(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -124,7 +146,7 @@ def _kind(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 @cache
-def _environment() -> tuple[str, ...]:
+def environment() -> tuple[str, ...]:
     """What code depends on and no guard sees: versions, processors, and all sources that could have been traced."""
     sources = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
@@ -140,5 +162,6 @@ def _environment() -> tuple[str, ...]:
     )
 
 
-def _digest(content: bytes) -> str:
+def digest_of(content: bytes) -> str:
+    """SHA-256, as letters and digits."""
     return hashlib.sha256(content).hexdigest()

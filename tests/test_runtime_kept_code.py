@@ -80,7 +80,7 @@ def test_another_environment_compiles_for_itself(
     thing: str, keep: Callable[[], KeptCode], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert traced(keep(), *arguments(8)) == 1
-    monkeypatch.setattr(kept_code, "_environment", lambda: (thing,))
+    monkeypatch.setattr(kept_code, "environment", lambda: (thing,))
     assert traced(keep(), *arguments(8)) == 1
     assert len({path.parent for path in files(tmp_path)}) == 2
 
@@ -92,7 +92,7 @@ def test_damaged_code_is_made_again(damage: str, keep: Callable[[], KeptCode], t
     content = path.read_bytes()
     if damage == "foreign":
         content = b"not what torch wrote"
-        path = path.rename(path.with_stem(kept_code._digest(content)))
+        path = path.rename(path.with_stem(kept_code.digest_of(content)))
     path.write_bytes(
         {"cut": content[:-9], "changed": content[:-9] + bytes(9), "foreign": content, "empty": b""}[damage]
     )
