@@ -225,6 +225,15 @@ def attached(
             attachment.close(watcher)
 
 
+def flow_of(model: Any, kwargs: dict[str, Any]) -> Flow | None:
+    """What a forward call of `model` with these keyword arguments would hand down to its layers."""
+    for hook in model._forward_pre_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, _Attachment):
+            return owner.before_forward(model, (), kwargs)[1].get(FLOW)
+    return None
+
+
 def _rotary_embedding(model: Any) -> nn.Module | None:
     """The module that turns positions of the text layers into cosine and sine."""
     text_config = model.config.get_text_config(decoder=True)

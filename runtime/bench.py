@@ -30,6 +30,7 @@ from flowmm.runtime.measurements import CACHE_KINDS, CacheKind, Figure, Row
 from flowmm.runtime.peak_memory import PeakMemory
 from flowmm.runtime.roofline import Bandwidth, bytes_per_token, entry_bytes, wait_for
 from flowmm.runtime.static_cache import StaticFlowCache
+from flowmm.runtime.token_code import TokenCall
 
 WARM_UP_TOKENS = 3
 
@@ -235,18 +236,16 @@ def _decode_in_turns(
         # M-RoPE: temporal, height and width positions, the same for text.
         position = (position + offsets).expand(3, batch, 1)
     with attached(model, pick), _many_graphs():
-        compiled = _compiled_call(model) if any(contestant.compiled for contestant in contestants) else None
+        calls = _token_calls(model, contestants)
         for step in range(settings.new_tokens + WARM_UP_TOKENS):
             for contestant in _rotated(contestants, step):
-                call = compiled if contestant.compiled and contestant.kind in FIXED_SHAPE else None
-                if call is not None:
+                call = calls[id(contestant)]
+                if call is not model:
                     # What an earlier graph left may be overwritten; otherwise every order of graphs is recorded anew.
                     torch.compiler.cudagraph_mark_step_begin()
                 wait_for(model.device)
                 start, start_cpu = time.perf_counter(), time.process_time()
-                output = (call or model)(
-                    input_ids=contestant.next, position_ids=position + step, past_key_values=contestant.cache
-                )
+                output = call(input_ids=contestant.next, position_ids=position + step, past_key_values=contestant.cache)
                 contestant.next = output.logits[:, -1:].argmax(-1)
                 wait_for(model.device)
                 seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
@@ -260,12 +259,19 @@ def _decode_in_turns(
     return reads
 
 
-def _compiled_call(model: Any) -> Callable[..., Any] | None:
-    """The call that ``compile_decoding=True`` makes; None where no compiler is found."""
-    config = decoding_config(model.device)
+def _token_calls(model: Any, contestants: Sequence[_Contestant]) -> dict[int, Callable[..., Any]]:
+    """What decodes a token of each contestant, by identity: the model, or the call ``compile_decoding=True`` makes."""
+    calls: dict[int, Callable[..., Any]] = {id(contestant): model for contestant in contestants}
+    compiling = [contestant for contestant in contestants if contestant.compiled and contestant.kind in FIXED_SHAPE]
+    config = decoding_config(model.device) if compiling else None
     if config is None:
-        return None
-    return torch.compile(model.__call__, fullgraph=True, dynamic=False, mode=config.mode, options=config.options)
+        return calls
+    mode, options = config.mode, config.options
+    compiled = torch.compile(model.__call__, fullgraph=True, dynamic=False, mode=mode, options=options)
+    for contestant in compiling:
+        kept = contestant.kind == "flowmm-static" and model.device.type == "cpu"
+        calls[id(contestant)] = TokenCall(model, lambda: compiled) if kept else compiled
+    return calls
 
 
 @contextmanager

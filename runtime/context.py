@@ -255,7 +255,7 @@ def compress(
         compile: merge with compiled code, made at the first prompt (tens of seconds, seconds once it is on disk) and
             used for all later ones; uncompiled with a :class:`NoCompilerWarning` where no compiler is found.
         compile_decoding: ``generate`` uses the static cache and one compiled graph per token, made at the first token
-            (tens of seconds, seconds once it is on disk); drafts are decoded uncompiled.
+            (tens of seconds; on a CPU a fraction of a second once it is on disk); drafts are decoded uncompiled.
 
     Yields:
         the :class:`Run`: ``run.report`` after generation, ``run.new_cache()`` for explicit ``past_key_values=``.

@@ -1,14 +1,16 @@
-"""What ``model.generate`` asks of a compressed conversation: its cache, its positions, and how its prompt arrives.
+"""What ``model.generate`` asks of a compressed conversation: its cache, its positions, how its prompt arrives, and what
+decodes a token.
 
-transformers has no extension point for these three questions, so three of its methods are shadowed on the model object
+transformers has no extension point for these four questions, so four of its methods are shadowed on the model object
 while a block is open. Blocks may overlap: the last one to close takes the shadows away.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,11 +20,13 @@ from flowmm.errors import InputError
 from flowmm.models import visual_mask
 from flowmm.runtime.cache import FlowCache
 from flowmm.runtime.static_cache import StaticFlowCache
+from flowmm.runtime.token_code import TokenCall
 
-CACHE, POSITIONS, PREFILL = (
+CACHE, POSITIONS, PREFILL, COMPILED_CALL = (
     "_prepare_cache_for_generation",
     "_prepare_position_ids_for_generation",
     "_prefill",
+    "get_compiled_call",
 )
 # What transformers leaves on a model that it compiled.
 COMPILED = ("_compiled_call", "_last_compile_config")
@@ -46,12 +50,12 @@ class OpenBlock(Protocol):
 
 
 class GenerateShadow:
-    """Stands in for three methods of a model; one object per model, shared by all its open blocks."""
+    """Stands in for four methods of a model; one object per model, shared by all its open blocks."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
         self._blocks: list[tuple[OpenBlock, int]] = []
-        self._originals = {name: getattr(model, name) for name in (CACHE, POSITIONS, PREFILL)}
+        self._originals = {name: getattr(model, name) for name in self._shadows()}
         self._own = {name: method for name, method in self._originals.items() if name in vars(model)}
         self._compiled = {name: vars(model)[name] for name in COMPILED if name in vars(model)}
         # Between two questions of one call of generate.
@@ -65,9 +69,17 @@ class GenerateShadow:
     def open(self, block: OpenBlock) -> None:
         """Add a block; the first one puts the shadows on."""
         if not self._blocks:
-            for name, shadow in ((CACHE, self.cache), (POSITIONS, self.positions), (PREFILL, self.prefill)):
+            for name, shadow in self._shadows().items():
                 setattr(self._model, name, shadow)
         self._blocks.append((block, threading.get_ident()))
+
+    def _shadows(self) -> dict[str, Callable[..., Any]]:
+        return {
+            CACHE: self.cache,
+            POSITIONS: self.positions,
+            PREFILL: self.prefill,
+            COMPILED_CALL: self.compiled_call,
+        }
 
     def close(self, block: OpenBlock) -> None:
         """Remove a block; the last one takes the shadows off."""
@@ -145,6 +157,12 @@ class GenerateShadow:
             cache.announce_chunks(visual, valid_tokens(model_kwargs.get("attention_mask"), input_ids))
         with cache.prefill() if isinstance(cache, StaticFlowCache) else nullcontext():
             return self._originals[PREFILL](input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def compiled_call(self, compile_config: Any) -> Callable[..., Any]:
+        """What decodes the tokens of one answer: kept code on a CPU where a block's own options are asked for."""
+        original = partial(self._originals[COMPILED_CALL], compile_config)
+        ours = compile_config is not None and any(block.compile_config is compile_config for block, _ in self._blocks)
+        return TokenCall(self._model, original) if ours and self._model.device.type == "cpu" else original()
 
 
 def _refuse_unsupported(generation_config: Any) -> None:
