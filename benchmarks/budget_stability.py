@@ -86,7 +86,8 @@ def main() -> None:
     parser.add_argument("--note", default="other processes were running on the machine")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model, plan = load_model(arguments.model), Plan.load(resolve_plan(arguments.plan))
+    plan = Plan.load(resolve_plan(arguments.plan))
+    model = load_model(arguments.model, dtype="fp32" if plan.model.dtype == "float32" else "auto")
     if plan.sensitivity is None or plan.sensitivity.n_samples != arguments.prompts:
         raise SystemExit(f"{arguments.plan}: expected a plan whose layers were measured on {arguments.prompts} prompts")
     seen = max(2 * arguments.prompts, plan.calibration.n_samples if plan.calibration else 0)

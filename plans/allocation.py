@@ -61,12 +61,12 @@ def along_path(path: Sequence[Sequence[float]], ratio: float) -> tuple[float, ..
 
     Args:
         path: ratios per layer by rising mean, the last one all 1.
-        ratio: in (0, 1]; below the first mean all layers are equal.
+        ratio: in (0, 1]; below the first mean, layers keep less in proportion.
     """
     means = [fsum(point) / len(point) for point in path]
     after = next((place for place, mean in enumerate(means) if mean >= ratio), len(path) - 1)
     if after == 0:
-        return (ratio,) * len(path[0]) if ratio < means[0] else tuple(path[0])
+        return tuple(own * ratio / means[0] for own in path[0])
     part = (ratio - means[after - 1]) / (means[after] - means[after - 1])
     return tuple(low + part * (high - low) for low, high in zip(path[after - 1], path[after], strict=True))
 

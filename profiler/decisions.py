@@ -3,20 +3,18 @@
 Layers stand in for each other, so that what one layer does alone says little. A *proposal* gives a stretch of
 neighbouring layers other parameters while all layers keep what the plan's budgets give them.
 
-The rule against noise: proposals are made on one half of the prompts and must hold on the other. At the smallest of
-:data:`BUDGETS`, all are measured on a quarter of the first half, the better half of them on a second quarter, and the
-better half of those on the rest. The best :data:`PROPOSED` of those that then gain more than a standard error are
-measured at all budgets on the second half; of those that gain more than a standard error there, the one with the
-largest gain is taken. A gain of less than a twentieth of the cost is none. Further rounds go on from there until
-nothing holds. At last every layer whose choice does not lower the cost over all prompts goes back to the method's
-parameters.
+The rule against noise: proposals are made on one half of the prompts and must hold on the other. They race on the
+first half at the smallest of :data:`BUDGETS` (:mod:`flowmm.profiler.racing`). The best :data:`PROPOSED` of those that
+then gain more than a standard error are measured at all budgets on the second half; of those that gain more than a
+standard error there, the one with the largest gain is taken. A gain of less than a twentieth of the cost is none.
+Further races go on from there, until two in a row find nothing. At last every layer whose choice does not lower the
+cost over all prompts goes back to the method's parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -26,14 +24,14 @@ from flowmm.plans import LayerPlan, MethodParameters, Plan, SensitivityFingerpri
 from flowmm.plans.choices import LayerChoice
 from flowmm.plans.method import parse_selector
 from flowmm.profiler.joint_budgets import measure_allocations, with_allocations
-from flowmm.profiler.joint_costs import Arrangement, JointPrompts
+from flowmm.profiler.joint_costs import BUDGETS, Arrangement, JointPrompts, blocks
 from flowmm.profiler.journal import Journal
 from flowmm.profiler.profiling import Progress
+from flowmm.profiler.racing import gains_of, improved, part_ends, survivors
 from flowmm.profiler.ranks import Ranks
 from flowmm.profiler.samples import Sample
 from flowmm.profiler.sensitivity import MIXED, measure_sensitivity, with_measured_budgets
 
-BUDGETS = (0.05, 0.1, 0.2)
 # How entries are chosen, over stretches of layers; the choice of a preset such as `reuse` is one of these.
 SELECTIONS: tuple[dict[str, Any], ...] = (
     {"selector": "weighted_kcenter", "keep_proxies": False},
@@ -47,29 +45,14 @@ SELECTIONS: tuple[dict[str, Any], ...] = (
 OPERATORS = ("evict", "average", "keep_mass", "mass", "tangent")
 SIMILARITIES = (-1.0, 0.5, 0.8, 0.9)
 GATES = ("none", "pivot_quantile:0.8")
-# Stretches begin and end between blocks of layers, at most so many: what deciding costs does not grow with depth.
-BLOCKS = 6
-ROUNDS = 3
-PROPOSED = 8
-# With fewer prompts to propose, all proposals are measured on all of them.
-FEWEST_TO_HALVE = 8
-# Of the present cost.
-LEAST_SHARE = 0.05
-# A path asks its prompts hundreds of times, and hangs less on each than a choice does: at most so many.
-PATH_PROMPTS = 16
-FIRST_PATH_PROMPTS = 8
+RACES = 6
+PROPOSED = 4
 
 Changes = dict[str, Any]
 """Fields of a :class:`LayerChoice`."""
 State = tuple[Changes, ...]
 """Changes of each layer."""
 Budgets = Literal["measured", "joint"]
-
-
-def blocks(layers: int) -> list[range]:
-    """Neighbouring layers in at most :data:`BLOCKS` blocks of about equal size."""
-    count = min(BLOCKS, layers)
-    return [range(layers * block // count, layers * (block + 1) // count) for block in range(count)]
 
 
 def proposals(plan: Plan, state: State) -> Iterator[State]:
@@ -139,20 +122,6 @@ class _Asked:
         return prompts.costs(arrangements, progress=told, **how)
 
 
-def gains_of(cost: np.ndarray) -> dict[int, float]:
-    """From ``[prompts, 1 + proposals]``, the present state first: mean gain of every proposal that holds.
-
-    One holds where it gains on average more than a standard error over prompts, and :data:`LEAST_SHARE` of the present
-    cost. A single prompt has no standard error, so that it decides nothing.
-    """
-    gain = cost[:, :1] - cost[:, 1:]
-    if len(gain) < 2:
-        return {}
-    mean, error = gain.mean(0), gain.std(0, ddof=1) / len(gain) ** 0.5
-    least = LEAST_SHARE * cost[:, 0].mean()
-    return {place: float(mean[place]) for place in range(len(mean)) if mean[place] > max(error[place], least)}
-
-
 def measure_choices(
     prompts: JointPrompts, plan: Plan, *, progress: Progress | None = None
 ) -> tuple[LayerChoice | None, ...]:
@@ -163,22 +132,21 @@ def measure_choices(
         plan: gives each layer's mode, the method, and what layers keep of the totals :data:`BUDGETS`.
         progress: called with (finished prompts, prompts at most).
     """
-    asked = _Asked((ROUNDS + 2) * len(prompts), progress)
-    state: State = ({},) * len(plan.layers)
-    for _ in range(ROUNDS):
-        better = _step(asked, prompts, plan, state)
-        if better is None:
-            break
-        state = better
+    asked = _Asked((RACES + 2) * len(prompts), progress)
+
+    def race(state: State, number: int) -> State | None:
+        return _better(asked, prompts, number, plan, state)
+
+    state = improved(({},) * len(plan.layers), race, RACES)
     choices = _worthwhile(asked, prompts, plan, state)
     if progress is not None:
         progress(asked.total, asked.total)
     return choices
 
 
-def _step(asked: _Asked, prompts: JointPrompts, plan: Plan, state: State) -> State | None:
+def _better(asked: _Asked, prompts: JointPrompts, number: int, plan: Plan, state: State) -> State | None:
     """The proposal that gains most and holds, or ``None``."""
-    first, second = prompts.every(2, 0), prompts.every(2, 1)
+    first, second = prompts.every(2, 0).turned(number), prompts.every(2, 1)
     short = _promising(asked, first, plan, state)
     if not short:
         return None
@@ -187,32 +155,15 @@ def _step(asked: _Asked, prompts: JointPrompts, plan: Plan, state: State) -> Sta
 
 
 def _promising(asked: _Asked, prompts: JointPrompts, plan: Plan, state: State) -> list[State]:
-    """The proposals that gain most at the smallest budget, best first; half of them leave after each part of prompts.
+    """The proposals that gain most at the smallest budget, best first."""
 
-    With many times more proposals than there are good ones, most of the prompts are better spent on the better ones.
-    """
-    found = list(proposals(plan, state))
-    cost = np.empty((0, 1 + len(found)))
-    for part in halving_parts(prompts):
-        if len(cost):
-            gain = cost[:, :1].mean(0) - cost[:, 1:].mean(0)
-            better = sorted(np.argsort(-gain, kind="stable")[: -(-len(found) // 2)].tolist())
-            found, cost = [found[place] for place in better], cost[:, [0, *(1 + place for place in better)]]
-        measured = asked.costs(part, [arranged(plan, one, min(BUDGETS)) for one in (state, *found)])
-        cost = np.concatenate([cost, measured])
+    def measure(part: JointPrompts, states: Sequence[State]) -> np.ndarray:
+        return asked.costs(part, [arranged(plan, one, min(BUDGETS)) for one in (state, *states)])
+
+    parts = prompts.parts(part_ends(len(prompts)))
+    left, cost = survivors(list(proposals(plan, state)), parts, measure)
     gains = gains_of(cost)
-    return [found[place] for place in sorted(gains, key=lambda place: -gains[place])[:PROPOSED]]
-
-
-def halving_parts(prompts: JointPrompts) -> tuple[JointPrompts, ...]:
-    """The prompts of each part, see :func:`halving_ends`."""
-    return tuple(prompts.between(start, stop) for start, stop in pairwise((0, *halving_ends(len(prompts)))))
-
-
-def halving_ends(prompts: int) -> tuple[int, ...]:
-    """Where the parts of so many prompts end: a quarter, a quarter and the rest; all at once if they are few."""
-    quarter = prompts // 4
-    return (prompts,) if prompts < FEWEST_TO_HALVE else (quarter, 2 * quarter, prompts)
+    return [left[place] for place in sorted(gains, key=lambda place: -gains[place])[:PROPOSED]]
 
 
 def _over_budgets(asked: _Asked, prompts: JointPrompts, plan: Plan, states: Sequence[State], **how: Any) -> np.ndarray:
@@ -269,9 +220,9 @@ def measure_layers(
 
     Args:
         budgets: ``measured``: one layer compressed at a time gives each a curve, and the plan's budget is split by
-            them; ``joint``: all layers are cut together; ``None``: budgets stay.
-        choices: measure proposals, and store those that hold. Budgets are then measured once more: joint ones first
-            on half of the prompts to choose by, the curves of layers with a choice.
+            them; ``joint``: all layers are compressed together; ``None``: budgets stay.
+        choices: measure proposals, and store those that hold. Joint budgets are measured before, to choose by, and go
+            on from there afterwards; the curves of layers with a choice are measured once more.
         progress: asked once for each measurement, with what is done and in which unit, for the progress of it.
         journal: of the same model, plan, prompts and protocols; what it knows is not measured again.
         ranks: processes that share the prompts, each calling this; all return the same plan.
@@ -287,16 +238,16 @@ def measure_layers(
         plan = with_measured_budgets(plan, curves, protocols)
     if budgets != "joint" and not choices:
         return plan
-    # Who paid in memory for a path of allocations pays for choices along it.
+    # Who paid in memory for joint budgets pays for choices along them.
     hold = budgets == "joint" or plan.allocations is not None
     prompts = JointPrompts.read(model, plan, samples, hold=hold, **how)
+    if budgets == "joint":
+        # Choices are proposed at the smallest total; the others follow once choices are made.
+        totals = BUDGETS[:1] if choices else BUDGETS
+        path = measure_allocations(prompts, plan, totals, progress=progress("moved entries between layers in", "races"))
+        plan = with_allocations(plan, path, protocols, len(prompts))
     if choices:
-        start = plan
-        if budgets == "joint":
-            few = prompts.every(2, 0).at_most(FIRST_PATH_PROMPTS)
-            path = measure_allocations(few, plan, progress=progress("cut layers at first by", "levels"))
-            start = with_allocations(plan, path, protocols, len(prompts))
-        found = measure_choices(prompts, start, progress=progress("compared choices on", "prompts"))
+        found = measure_choices(prompts, plan, progress=progress("compared choices on", "prompts"))
         plan = with_choices(plan, found, protocols, len(prompts))
         changed = [layer.index for layer in plan.layers if layer.choice is not None]
         if curves is not None and changed:
@@ -304,8 +255,7 @@ def measure_layers(
                 model, plan, samples, layers=changed, progress=progress("measured chosen layers on", "prompts"), **how
             )
             plan = with_measured_budgets(plan, curves.with_layers(changed, again), protocols)
-    if budgets == "joint":
-        few = prompts.at_most(PATH_PROMPTS)
-        path = measure_allocations(few, plan, progress=progress("cut layers by", "levels"))
-        plan = with_allocations(plan, path, protocols, len(prompts))
+        if budgets == "joint":
+            path = measure_allocations(prompts, plan, progress=progress("moved entries once more in", "races"))
+            plan = with_allocations(plan, path, protocols, len(prompts))
     return plan

@@ -13,19 +13,11 @@ from typing import Any
 from flowmm.errors import InputError
 from flowmm.models import LoadedModel
 from flowmm.plans import ModelFingerprint
-from flowmm.profiler.decisions import (
-    BUDGETS,
-    GATES,
-    OPERATORS,
-    PROPOSED,
-    ROUNDS,
-    SELECTIONS,
-    SIMILARITIES,
-    Budgets,
-    blocks,
-    halving_ends,
-)
-from flowmm.profiler.joint_budgets import LEVELS, REACH, WIDTH
+from flowmm.profiler import joint_budgets
+from flowmm.profiler.decisions import GATES, OPERATORS, PROPOSED, RACES, SELECTIONS, SIMILARITIES, Budgets
+from flowmm.profiler.joint_budgets import AMOUNTS, SHARES
+from flowmm.profiler.joint_costs import BUDGETS, blocks
+from flowmm.profiler.racing import ONE_IN, part_ends
 from flowmm.profiler.recorder import record_flow
 from flowmm.profiler.samples import Sample, UnreadableSample
 from flowmm.profiler.sensitivity import ANSWER_TOKENS, RATIOS, ROWS_PER_BATCH
@@ -55,7 +47,7 @@ class LayerCost:
 @dataclass(frozen=True)
 class LayerMeasurements:
     """What is to be measured about layers, as of :func:`flowmm.profiler.decisions.measure_layers`; `prompts` is its
-    limit, and `held` says that prompts stay in memory though no path is measured."""
+    limit, and `held` says that prompts stay in memory though no joint budgets are measured."""
 
     prompts: int
     protocols: tuple[str, ...]
@@ -79,13 +71,12 @@ class LayerMeasurements:
             prefills += runs * (1 + self.choices)
             feeds += runs * (1 + self.choices) * _batches(len(RATIOS)) * layers
         if self.choices:
-            prefills += 0 if joint else runs * (1 if self.held else ROUNDS + 2)
+            prefills += 0 if joint else runs * (1 if self.held else RACES + 2)
             feeds += round(runs * _choice_batches(layers, self.prompts))
         if joint:
             prefills += runs
-            # A first path on half of the prompts, to choose by. Every cut asks every layer again, at worst.
-            cuts = layers * (len(LEVELS) - 1) * -(-layers * REACH // WIDTH)
-            feeds += round(runs * (1.5 if self.choices else 1) * cuts)
+            # Choices need the smallest total before, and all totals go on with them.
+            feeds += round(runs * (len(BUDGETS) + self.choices) * _transfer_batches(layers, self.prompts))
         feeds = math.ceil((feeds + prefills * (ANSWER_TOKENS + 1)) * asked)
         # Per token and layer: captured queries, keys and values, and every row's keys and values.
         captured = model.num_attention_heads + 2 * model.num_kv_heads
@@ -107,11 +98,27 @@ def _choice_batches(layers: int, prompts: int) -> float:
     parts = len(blocks(layers))
     asked = len(SELECTIONS) * parts * (parts + 1) // 2 + parts * (len(OPERATORS) + len(SIMILARITIES) + len(GATES) + 3)
     # Every other prompt proposes, and the others confirm; at the end all look at every chosen layer twice.
-    proposing = -(-prompts // 2)
-    sizes = [stop - start for start, stop in pairwise((0, *halving_ends(proposing)))]
-    proposed = sum(size * _batches(1 + -(-asked >> turn)) for turn, size in enumerate(sizes)) / proposing
+    proposed = _racing_batches(asked, -(-prompts // 2))
     confirmed = len(BUDGETS) * (1 + PROPOSED)
-    return ROUNDS * (proposed + _batches(confirmed)) / 2 + 2 * _batches(len(BUDGETS) * (1 + layers))
+    return RACES * (proposed + _batches(confirmed)) / 2 + 2 * _batches(len(BUDGETS) * (1 + layers))
+
+
+def _transfer_batches(layers: int, prompts: int) -> float:
+    """Batches of caches per prompt and protocol, for one total."""
+    parts = [len(part) for part in blocks(layers)]
+    pairs = len(parts) * (len(parts) - 1) + sum(2 * size for size in parts if size > 1)
+    together = sum(1 + count for count in range(1, len(parts)))
+    proposed = pairs * len(AMOUNTS) + together * len(SHARES)
+    return joint_budgets.RACES * _racing_batches(proposed, prompts)
+
+
+def _racing_batches(proposals: int, prompts: int) -> float:
+    """Batches of caches per prompt and protocol, when so many prompts measure proposals once."""
+    total, left = 0, proposals
+    for start, stop in pairwise((0, *part_ends(prompts))):
+        total += (stop - start) * _batches(1 + left)
+        left = -(-left // ONE_IN)
+    return total / prompts
 
 
 @dataclass(frozen=True)

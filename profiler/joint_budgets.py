@@ -1,92 +1,128 @@
-"""Layer budgets with all layers compressed at once: from the full cache down, the cheapest cut first.
+"""Layer budgets with all layers compressed at once: entries move from layer to layer while their total stays.
 
 Curves of one layer at a time miss that layers stand in for each other: where two can find the same thing, compressing
-either alone costs nothing. Here every cut is measured on top of all cuts before it.
+either alone costs nothing. Cutting one layer after the other, the cheapest cut first, ends where the last cuts are
+dear: which of two such layers is given up first is decided while neither costs anything yet. A transfer is measured at
+the total it is for, and can be taken back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from math import fsum
+
+import numpy as np
 
 from flowmm.plans import LayerPlan, Plan, SensitivityFingerprint
 from flowmm.plans.allocation import along_path
-from flowmm.profiler.joint_costs import Arrangement, JointPrompts
+from flowmm.plans.layers import scale_budgets
+from flowmm.profiler.joint_costs import BUDGETS, Arrangement, JointPrompts, blocks
 from flowmm.profiler.profiling import Progress
+from flowmm.profiler.racing import gains_of, improved, part_ends, survivors
 
-LEVELS = (1.0, 0.5, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01, 0.005)
-# Levels that one cut may go down: past a ratio at which a layer happens to do worse than at less.
-REACH = 3
-# Cuts measured together.
-WIDTH = 3
+Ratios = tuple[float, ...]
+"""Of the entries that each layer keeps."""
+
+# No transfer takes a layer below this ratio.
+LEAST = 0.005
+# What one layer gives to another, in multiples of the total; less is lost in the noise of choosing other entries.
+AMOUNTS = (0.25, 0.5, 1.0, 2.0)
+# What the layers that keep least give together, of all they can spare.
+SHARES = (0.5, 1.0)
+# Per total.
+RACES = 10
 
 
-@dataclass(frozen=True)
-class Allocation:
-    """Ratios kept per layer, and what that costs (:func:`flowmm.profiler.joint_costs.shift_bound`)."""
+def transfers(ratios: Ratios, total: float) -> list[Ratios]:
+    """All layers' ratios after one transfer.
 
-    ratios: tuple[float, ...]
-    cost: float
+    One block of layers gives to another one, one layer to the rest of its block or the rest to it, and those blocks
+    that keep least give together, to another block or to all others. Layers give in proportion to what they can spare,
+    and take in proportion to what they keep.
+    """
+    parts = [list(block) for block in blocks(len(ratios))]
+    pairs = [(giver, taker) for giver in parts for taker in parts if giver is not taker]
+    for part in parts:
+        for layer in part if len(part) > 1 else ():
+            rest = [other for other in part if other != layer]
+            pairs += [([layer], rest), (rest, [layer])]
+    wanted = [(givers, takers, amount * total * len(givers)) for givers, takers in pairs for amount in AMOUNTS]
+    rising = sorted(parts, key=lambda part: fsum(ratios[layer] for layer in part) / len(part))
+    for count in range(1, len(parts)):
+        givers, others = [layer for part in rising[:count] for layer in part], rising[count:]
+        spare = _spare(ratios, givers)
+        for takers in (*others, [layer for part in others for layer in part]):
+            wanted += [(givers, takers, share * spare) for share in SHARES if share * spare >= AMOUNTS[0] * total]
+    found = (_transferred(ratios, *each) for each in wanted)
+    return list(dict.fromkeys(after for after in found if after is not None))
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """Lowering a layer to a level of :data:`LEVELS`, and what that was last measured to cost per entry it saves."""
+def _transferred(ratios: Ratios, givers: Sequence[int], takers: Sequence[int], given: float) -> Ratios | None:
+    """None where the givers have not so much, or the takers not so much room."""
+    spare, kept, after = _spare(ratios, givers), fsum(ratios[layer] for layer in takers), list(ratios)
+    if given > spare:
+        return None
+    for layer in givers:
+        after[layer] -= given * (ratios[layer] - LEAST) / spare
+    for layer in takers:
+        after[layer] += given * ratios[layer] / kept
+    return tuple(after) if max(after) <= 1 else None
 
-    layer: int
-    level: int
-    slope: float = float("-inf")
-    cost: float = 0.0
-    fresh: bool = False
+
+def _spare(ratios: Ratios, layers: Sequence[int]) -> float:
+    return fsum(ratios[layer] - LEAST for layer in layers)
 
 
 def measure_allocations(
-    prompts: JointPrompts, plan: Plan, *, progress: Progress | None = None
-) -> tuple[Allocation, ...]:
-    """A path of allocations from almost nothing to everything, each one cut away from the next.
+    prompts: JointPrompts, plan: Plan, totals: Sequence[float] = BUDGETS, *, progress: Progress | None = None
+) -> tuple[Ratios, ...]:
+    """What layers keep of each of the totals :data:`BUDGETS`, and of everything.
 
-    The cut with the least cost per entry is made; a cut measured on an earlier state is measured again before it is
-    believed.
+    At each total the transfer that gains most is made, as long as one holds (:mod:`flowmm.profiler.racing`). The
+    smallest total begins with what `plan` gives its layers, each other one in proportion to what the one before found.
 
     Args:
-        prompts: held in memory, because each cut asks them again.
+        prompts: held in memory, because each transfer asks them again.
         plan: gives each layer's mode and parameters.
-        progress: called with (levels passed, all levels).
+        totals: those at which transfers are made.
+        progress: called with (races done, races at most).
     """
-    full = Arrangement.planned(plan, 1.0)
-    levels = [0] * len(plan.layers)
-    path = [Allocation((1.0,) * len(levels), 0.0)]
-    cuts = [_Cut(layer, level) for layer in range(len(levels)) for level in range(1, len(LEVELS))]
-    total = len(cuts)
-    while cuts:
-        cut, cuts = _cheapest(prompts, full, levels, cuts, path[-1].cost)
-        levels[cut.layer] = cut.level
-        path.append(Allocation(tuple(LEVELS[level] for level in levels), cut.cost))
-        cuts = [replace(other, fresh=False) for other in cuts if other.level > levels[other.layer]]
+    path = list[Ratios]()
+    for total in BUDGETS:
+        start = scale_budgets(path[-1] if path else plan.layer_budgets(total), total)
+        path.append(_after_transfers(prompts, plan, total, start, progress) if total in totals else start)
+        prompts.forget_shared()
+    return (*path, (1.0,) * len(plan.layers))
+
+
+def _after_transfers(
+    prompts: JointPrompts, plan: Plan, total: float, start: Ratios, progress: Progress | None
+) -> Ratios:
+    planned, before = Arrangement.planned(plan, total), BUDGETS.index(total) * RACES
+
+    def told(done: int) -> None:
         if progress is not None:
-            progress(total - len(cuts), total)
-    return tuple(reversed(path))
+            progress(before + done, RACES * len(BUDGETS))
+
+    def race(ratios: Ratios, number: int) -> Ratios | None:
+        told(number)
+        return _better(prompts.turned(number), planned, total, ratios)
+
+    found = improved(start, race, RACES)
+    told(RACES)
+    return found
 
 
-def _cheapest(
-    prompts: JointPrompts, full: Arrangement, levels: Sequence[int], cuts: Sequence[_Cut], cost: float
-) -> tuple[_Cut, list[_Cut]]:
-    """The best cut, measured on the present state, and all cuts with what was measured on the way."""
-    known = {(cut.layer, cut.level): cut for cut in cuts}
-    while True:
-        near = [cut for cut in known.values() if cut.level - levels[cut.layer] <= REACH]
-        ranked = sorted(near, key=lambda cut: cut.slope)
-        if ranked[0].fresh:
-            return ranked[0], list(known.values())
-        stale = [cut for cut in ranked[:WIDTH] if not cut.fresh]
-        lowered = [
-            tuple(LEVELS[cut.level if layer == cut.layer else level] for layer, level in enumerate(levels))
-            for cut in stale
-        ]
-        measured = prompts.costs([replace(full, ratios=ratios) for ratios in lowered], forget=False).mean(0)
-        for cut, now in zip(stale, measured.tolist(), strict=True):
-            saved = LEVELS[levels[cut.layer]] - LEVELS[cut.level]
-            known[cut.layer, cut.level] = replace(cut, slope=(now - cost) / saved, cost=now, fresh=True)
+def _better(prompts: JointPrompts, planned: Arrangement, total: float, ratios: Ratios) -> Ratios | None:
+    """The transfer that gains most and holds, or ``None``."""
+
+    def measure(part: JointPrompts, proposed: Sequence[Ratios]) -> np.ndarray:
+        return part.costs([replace(planned, ratios=one) for one in (ratios, *proposed)], forget=False)
+
+    left, cost = survivors(transfers(ratios, total), prompts.parts(part_ends(len(prompts))), measure)
+    gains = gains_of(cost)
+    return left[max(gains, key=lambda place: gains[place])] if gains else None
 
 
 def with_budgets_of(plan: Plan, other: Plan) -> Plan:
@@ -111,19 +147,14 @@ def with_budgets_of(plan: Plan, other: Plan) -> Plan:
     return type(plan).model_validate(dict(plan) | changes, by_name=True)
 
 
-def with_allocations(plan: Plan, path: Sequence[Allocation], protocols: Sequence[str], prompts: int) -> Plan:
-    """`plan` with a measured path, and its budget split along it; curves of single layers are dropped."""
-    ratios = along_path([allocation.ratios for allocation in path], plan.method.budget)
+def with_allocations(plan: Plan, path: Sequence[Ratios], protocols: Sequence[str], prompts: int) -> Plan:
+    """`plan` with measured allocations, and its budget split along them; curves of single layers are dropped."""
+    ratios = along_path(path, plan.method.budget)
     layers = tuple(
         LayerPlan.model_validate(layer.model_dump() | {"curve": None, "budget": ratio})
         for layer, ratio in zip(plan.layers, ratios, strict=True)
     )
     decided = None if plan.sensitivity is None else plan.sensitivity.budgets
     measured = SensitivityFingerprint(protocols=tuple(protocols), n_samples=prompts, budgets=decided)
-    changes = {
-        "layers": layers,
-        "sensitivity": measured,
-        "allocations": tuple(allocation.ratios for allocation in path),
-        "budget_rule": None,
-    }
+    changes = {"layers": layers, "sensitivity": measured, "allocations": tuple(path), "budget_rule": None}
     return type(plan).model_validate(dict(plan) | changes, by_name=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,18 @@ from flowmm.profiler.sensitivity import MIXED, ROWS_PER_BATCH, Reading, check_pr
 from flowmm.runtime.budgets import entry_budget
 from flowmm.runtime.replay import Trial, reading_caches
 from flowmm.runtime.settings import CompressionSettings
+
+BUDGETS = (0.05, 0.1, 0.2)
+"""Totals at which layers are compared."""
+
+# What deciding costs does not grow with depth.
+BLOCKS = 6
+
+
+def blocks(layers: int) -> list[range]:
+    """Neighbouring layers in at most :data:`BLOCKS` blocks of about equal size."""
+    count = min(BLOCKS, layers)
+    return [range(layers * block // count, layers * (block + 1) // count) for block in range(count)]
 
 
 def shift_bound(divergence: Tensor) -> Tensor:
@@ -121,18 +134,27 @@ class JointPrompts:
     def __len__(self) -> int:
         return len(self.trials)
 
-    def at_most(self, count: int) -> JointPrompts:
-        """So many of the prompts, evenly spaced."""
-        return self.every(-(-len(self) // count), 0)
-
     def every(self, step: int, start: int) -> JointPrompts:
         """Each `step`-th prompt from `start` on; all where that would be none."""
         part = list(self.trials)[start::step] or list(self.trials)
         return replace(self, trials={place: self.trials[place] for place in part})
 
-    def between(self, start: int, stop: int) -> JointPrompts:
-        """Those from `start` up to `stop`, counted among these."""
-        return replace(self, trials=dict(list(self.trials.items())[start:stop]))
+    def turned(self, number: int) -> JointPrompts:
+        """The same prompts in an order that begins elsewhere: by a third of them further for each `number`."""
+        each = list(self.trials.items())
+        start = number * -(-len(each) // 3) % len(each)
+        return replace(self, trials=dict(each[start:] + each[:start]))
+
+    def parts(self, ends: Sequence[int]) -> list[JointPrompts]:
+        """The prompts up to the first end, from there up to the next one, and so on."""
+        each = list(self.trials.items())
+        return [replace(self, trials=dict(each[start:stop])) for start, stop in pairwise((0, *ends))]
+
+    def forget_shared(self) -> None:
+        """Free what compressions of held prompts have in common."""
+        for place in self.trials.keys() & (self.held or {}):
+            for reading in (self.held or {})[place]:
+                reading.prefilled.forget_shared()
 
     def _readings(self, place: int) -> tuple[Reading, ...]:
         if self.held is not None and place in self.held:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,14 @@ from flowmm.plans.choices import LayerChoice
 from flowmm.profiler import decisions, joint_budgets, load_calibration
 from flowmm.profiler.decisions import (
     Budgets,
-    blocks,
-    gains_of,
     measure_choices,
     measure_layers,
     proposals,
     with_choices,
 )
-from flowmm.profiler.joint_budgets import Allocation
 from flowmm.profiler.joint_costs import Arrangement, JointPrompts
 from flowmm.profiler.journal import Journal
+from flowmm.profiler.racing import PATIENCE
 from flowmm.profiler.sensitivity import Reading
 
 METHOD = MethodParameters()
@@ -93,21 +92,6 @@ def test_proposals_add_to_what_was_chosen_and_lead_back(plan: Plan) -> None:
     assert (kcenter, state[1], {}, {}) in found, "one selector has no first share"
 
 
-@pytest.mark.parametrize(("layers", "sizes"), [(1, [1]), (4, [1] * 4), (6, [1] * 6), (28, [4, 5, 5, 4, 5, 5])])
-def test_blocks_cover_all_layers_in_order(layers: int, sizes: list[int]) -> None:
-    found = blocks(layers)
-    assert [len(block) for block in found] == sizes
-    assert [layer for block in found for layer in block] == list(range(layers))
-
-
-def test_a_gain_holds_above_its_standard_error_and_a_twentieth_of_the_cost() -> None:
-    own = np.array([10.0, 11.0, 12.0])
-    steady, unsteady, little = own - np.array([2.0, 2.5, 3.0]), own - np.array([-9.0, 0.0, 11.0]), own - 0.4
-    assert gains_of(np.stack([own, steady, unsteady, little], 1)) == pytest.approx({0: 2.5})
-    assert gains_of(np.array([[5.0, 1.0]])) == {}, "one prompt decides nothing"
-    assert gains_of(np.zeros((4, 2))) == {}
-
-
 class Simulated:
     """Prompts whose costs are made up: `effect` of an arrangement's methods, plus noise of prompt and arrangement."""
 
@@ -123,8 +107,15 @@ class Simulated:
             len(range(start, self.count, step)), self.effect, self.noise, int(self.generator.integers(10**9))
         )
 
-    def between(self, start: int, stop: int) -> Simulated:
-        return Simulated(stop - start, self.effect, self.noise, int(self.generator.integers(10**9)))
+    def turned(self, _: int) -> Simulated:
+        return self
+
+    def parts(self, ends: Sequence[int]) -> list[Simulated]:
+        seeds = self.generator.integers(10**9, size=len(ends)).tolist()
+        return [
+            Simulated(stop - start, self.effect, self.noise, seed)
+            for start, stop, seed in zip((0, *ends), ends, seeds, strict=False)
+        ]
 
     def costs(self, arrangements: Any, **_: Any) -> np.ndarray:
         mean = np.array([1.0 - self.effect(one) for one in arrangements])
@@ -147,9 +138,9 @@ def test_what_holds_on_both_halves_is_chosen_also_where_layers_must_change_toget
         assert choice.cost[1] < choice.cost[0]
 
 
-@pytest.mark.parametrize(("prompts", "parts"), [(7, (1,)), (8, (1, 0.5, 0.25)), (19, (1, 0.5, 0.25))])
-def test_each_part_of_the_proposing_prompts_measures_half_as_many(
-    plan: Plan, prompts: int, parts: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("prompts", "shares"), [(7, (1,)), (8, (1, 1 / 3, 1 / 9, 1 / 27))])
+def test_proposals_race_on_the_proposing_prompts(
+    plan: Plan, prompts: int, shares: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, int]] = []
 
@@ -161,8 +152,9 @@ def test_each_part_of_the_proposing_prompts_measures_half_as_many(
     simulated: Any = Simulated(2 * prompts, wins, 0.0)
     assert measure_choices(simulated, plan) == (None,) * 4
     proposed = len(list(proposals(plan, ({},) * 4)))
-    assert [count for _, count in asked] == [1 + math.ceil(proposed * part) for part in parts]
-    assert sum(count for count, _ in asked) == prompts
+    once = [1 + math.ceil(proposed * share) for share in shares]
+    assert [count for _, count in asked] == once * PATIENCE
+    assert sum(count for count, _ in asked) == prompts * PATIENCE
 
 
 def test_noise_alone_seldom_chooses(plan: Plan) -> None:
@@ -197,26 +189,30 @@ def test_choices_and_their_curves_are_stored(model: LoadedModel, plan: Plan, mon
     assert same == [True, False, True, True]
 
 
-def test_joint_budgets_are_measured_again_with_the_choices(
-    model: LoadedModel, plan: Plan, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("choices", [False, True])
+def test_joint_budgets_go_on_with_the_choices(
+    model: LoadedModel, plan: Plan, choices: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choice = LayerChoice(selector="weighted_kcenter", keep_proxies=False, cost=(1.0, 0.5))
+    choice = LayerChoice(selector="weighted_kcenter", cost=(1.0, 0.5))
     asked: list[Any] = []
 
-    def path(prompts: JointPrompts, plan: Plan, **_: Any) -> Any:
-        asked.append((len(prompts), [layer.choice for layer in plan.layers]))
-        return decisions_path
+    def allocations(_: JointPrompts, plan: Plan, totals: Sequence[float] = decisions.BUDGETS, **__: Any) -> Any:
+        asked.append((totals, [layer.choice for layer in plan.layers], plan.allocations is None))
+        return (0.1 * len(asked),) * 4, (1.0,) * 4
 
-    decisions_path = (decisions_allocation(0.1, 4), decisions_allocation(1.0, 4))
-    monkeypatch.setattr(decisions, "measure_allocations", path)
+    monkeypatch.setattr(decisions, "measure_allocations", allocations)
     monkeypatch.setattr(decisions, "measure_choices", lambda *_, **__: (None, choice, None, None))
     samples = load_calibration("pocket", limit=2)
-    decided = measure_layers(model, plan, samples, budgets="joint", choices=True, protocols=("blind",))
-    assert asked == [(1, [None] * 4), (2, [None, choice, None, None])]
-    assert decided.layers[1].choice == choice
+    decided = measure_layers(model, plan, samples, budgets="joint", choices=choices, protocols=("blind",))
+    before = (decisions.BUDGETS[:1] if choices else decisions.BUDGETS, [None] * 4, True)
+    after = (decisions.BUDGETS, [None, choice, None, None], False)
+    assert asked == ([before, after] if choices else [before])
+    assert decided.layers[1].choice == (choice if choices else None)
     assert decided.allocations is not None
+    assert decided.allocations[0] == (0.1 * len(asked),) * 4
     assert decided.sensitivity is not None
-    assert (decided.sensitivity.n_samples, decided.sensitivity.budgets) == (2, decisions.BUDGETS)
+    assert decided.sensitivity.n_samples == 2
+    assert decided.sensitivity.budgets == (decisions.BUDGETS if choices else None)
 
 
 @pytest.mark.parametrize("budgets", ["measured", "joint"])
@@ -224,7 +220,7 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(
     model: LoadedModel, plan: Plan, budgets: Budgets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few_proposals(monkeypatch)
-    monkeypatch.setattr(joint_budgets, "LEVELS", (1.0, 0.3, 0.1))
+    monkeypatch.setattr(joint_budgets, "AMOUNTS", (0.5,))
     samples = load_calibration("pocket", limit=2)
     compressions: list[int] = []
     divergence = Reading.divergence
@@ -237,8 +233,9 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(
         how: dict[str, Any] = {"budgets": budgets, "choices": True, "protocols": ("blind",), "journal": journal}
         return measure_layers(model, plan, samples, **how), len(compressions)
 
-    whole, cost = measured(None)
     path, asked = tmp_path / "layers.jsonl", {"model": "m"}
+    whole, cost = measured(Journal(tmp_path / "whole.jsonl", asked))
+    assert measured(None)[0].dumps() == whole.dumps()
     left, rest = cost // 2, 0
 
     def killed(self: Reading, caches: Any) -> Any:
@@ -257,10 +254,6 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(
     # Lost is what one question to one prompt costs; what is asked twice is measured once.
     assert 0 < rest < cost * 0.8
     assert measured(Journal(path, asked))[1] == 0
-
-
-def decisions_allocation(ratio: float, layers: int) -> Allocation:
-    return Allocation((ratio,) * layers, 0.0)
 
 
 def test_a_measured_mode_is_the_layers(plan: Plan) -> None:

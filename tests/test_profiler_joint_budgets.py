@@ -1,31 +1,22 @@
-"""Budgets with all layers compressed at once: a nested path whose costs are those of the real caches."""
+"""Budgets with all layers compressed at once: transfers keep the total, and end where none lowers the cost."""
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import pytest
-import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_checkpoint import write_checkpoint
 
 import flowmm
 from flowmm.models import LoadedModel, load_model
 from flowmm.plans import MethodParameters, Plan, unprofiled_plan
 from flowmm.profiler import load_calibration
-from flowmm.profiler.joint_budgets import LEVELS, REACH, Allocation, measure_allocations, with_allocations
-from flowmm.profiler.joint_costs import JointPrompts
-from flowmm.profiler.sensitivity import PROTOCOLS
-from flowmm.runtime.budgets import entry_budget
-from flowmm.runtime.replay import (
-    answer_greedily,
-    build_trial,
-    divergence,
-    feed,
-    length_of_turn,
-    prefill,
-    reading_caches,
-)
-from flowmm.runtime.settings import CompressionSettings
+from flowmm.profiler.joint_budgets import LEAST, RACES, Ratios, measure_allocations, transfers, with_allocations
+from flowmm.profiler.joint_costs import BUDGETS, Arrangement, JointPrompts
 
 
 @pytest.fixture(scope="module")
@@ -40,60 +31,105 @@ def plan(model: LoadedModel) -> Plan:
 
 
 @pytest.fixture(scope="module")
-def path(model: LoadedModel, plan: Plan) -> tuple[Allocation, ...]:
-    prompts = JointPrompts.read(model, plan, load_calibration("pocket", limit=1), protocols=("blind",), hold=True)
+def path(model: LoadedModel, plan: Plan) -> tuple[Ratios, ...]:
+    prompts = JointPrompts.read(model, plan, load_calibration("pocket", limit=2), protocols=("blind",), hold=True)
     return measure_allocations(prompts, plan)
 
 
-def test_each_allocation_is_the_next_one_with_one_layer_lowered(path: tuple[Allocation, ...], plan: Plan) -> None:
-    assert path[-1] == Allocation((1.0,) * len(plan.layers), 0.0)
-    assert path[0].ratios == (LEVELS[-1],) * len(plan.layers)
-    for lower, higher in pairwise(path):
-        levels = [[LEVELS.index(ratio) for ratio in each.ratios] for each in (lower, higher)]
-        steps = [low - high for low, high in zip(*levels, strict=True)]
-        assert sorted(steps)[:-1] == [0] * (len(steps) - 1)
-        assert 1 <= max(steps) <= REACH
+class Simulated:
+    """Prompts whose costs are made up: `cost` of the layers' ratios, plus noise of prompt and arrangement."""
+
+    def __init__(self, cost: Callable[[np.ndarray], float], count: int = 32, noise: float = 0.0, seed: int = 0) -> None:
+        self.cost, self.count, self.noise = cost, count, noise
+        self.generator = np.random.default_rng(seed)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def turned(self, _: int) -> Simulated:
+        return self
+
+    def parts(self, ends: Sequence[int]) -> list[Simulated]:
+        starts, seeds = (0, *ends), self.generator.integers(10**9, size=len(ends)).tolist()
+        return [
+            Simulated(self.cost, stop - start, self.noise, seed)
+            for start, stop, seed in zip(starts, ends, seeds, strict=False)
+        ]
+
+    def costs(self, arrangements: Sequence[Arrangement], **_: Any) -> np.ndarray:
+        mean = np.array([self.cost(np.array(one.ratios)) for one in arrangements])
+        return np.maximum(0, mean + self.noise * self.generator.normal(size=(self.count, len(mean))))
+
+    def forget_shared(self) -> None:
+        """Nothing is held."""
 
 
-def test_a_cost_is_the_divergence_of_the_cache_that_a_run_would_make(
-    model: LoadedModel, plan: Plan, path: tuple[Allocation, ...]
-) -> None:
-    (sample,) = load_calibration("pocket", limit=1)
-    chat = PROTOCOLS["blind"](sample)
-    assert chat is not None
-    trial = build_trial(model, chat)
-    prefilled = prefill(model.model, trial)
-    found = path[len(path) // 2]
-
-    def entries(length: int) -> list[int]:
-        return [entry_budget(length, ratio) for ratio in found.ratios]
-
-    settings = CompressionSettings(plan.method, prefilled.modes(plan), entries)
-    questions = [trial.continuation, *trial.others]
-    assert len({tuple(question[0].tolist()) for question in questions}) == 5
-    divergences = []
-    with reading_caches(model.model):
-        for question in questions:
-            first = trial.positions[..., :1] + torch.arange(question.shape[1])
-            tokens = answer_greedily(model.model, prefilled.full_cache(), question, first, 4).tokens
-            count = min(length_of_turn(model.model, tokens[0]) + 1, 4)
-            fed = torch.cat([question, tokens[:, : count - 1]], dim=1)
-            places = trial.positions[..., :1] + torch.arange(fed.shape[1])
-            wanted, given = (
-                feed(model.model, cache, fed, places, keep=count)
-                for cache in (prefilled.full_cache(), prefilled.cache(settings))
-            )
-            divergences.append(divergence(wanted, given))
-    expected = (torch.cat(divergences, dim=1) / 2).sqrt().clamp(max=1).mean()
-    assert found.cost == pytest.approx(float(expected), abs=1e-4)
+@given(st.lists(st.floats(LEAST, 1.0), min_size=1, max_size=30))
+def test_a_transfer_keeps_the_total_and_stays_between_its_bounds(ratios: list[float]) -> None:
+    for after in transfers(tuple(ratios), 0.05):
+        assert sum(after) == pytest.approx(sum(ratios), rel=1e-9)
+        assert max(after) <= 1
+        assert min(after) >= LEAST - 1e-12
+        assert after != tuple(ratios)
 
 
-def test_a_plan_follows_its_allocations_at_any_total(plan: Plan, path: tuple[Allocation, ...]) -> None:
+def test_entries_move_between_blocks_and_inside_them() -> None:
+    changed = [{layer for layer, ratio in enumerate(after) if ratio != 0.2} for after in transfers((0.2,) * 28, 0.2)]
+    assert {*range(9)} in changed, "from one block of four and five layers to the next"
+    assert {*range(4)} in changed, "inside the first block"
+    assert {*range(28)} in changed, "from some blocks to all others"
+
+
+def test_the_layers_that_keep_least_give_together() -> None:
+    found = transfers((0.03, 0.13, 0.08, 0.025, 0.015, 0.02), 0.05)
+    expected = [0.03, 0.175, 0.08, LEAST, LEAST, LEAST]
+    assert any(after == pytest.approx(expected) for after in found)
+    assert len(set(found)) == len(found)
+
+
+def test_layers_that_stand_in_for_each_other_are_not_both_given_up(plan: Plan) -> None:
+    """Either layer 1 or layer 2 must keep a tenth; layer 3 wants little, layer 0 nothing."""
+
+    def cost(ratios: np.ndarray) -> float:
+        found = max(ratios[1], 0.8 * ratios[2])
+        return max(0.0, 0.15 - found) + max(0.0, 0.02 - ratios[3])
+
+    prompts: Any = Simulated(cost, noise=0.002)
+    path = measure_allocations(prompts, plan)
+    assert [round(sum(ratios) / 4, 9) for ratios in path] == [*BUDGETS, 1.0]
+    assert cost(np.full(4, BUDGETS[0])) > 0.09
+    assert cost(np.array(path[0])) < 0.025
+
+
+def test_transfers_begin_with_the_budgets_of_a_plan_that_was_measured(plan: Plan) -> None:
+    start = ((0.005, 0.185, 0.005, 0.005), (0.1, 0.1, 0.1, 0.1), (1.0,) * 4)
+    measured = with_allocations(plan, start, ("blind",), 2)
+    prompts: Any = Simulated(lambda _: 1.0)
+    seen: list[tuple[int, int | None]] = []
+    found = measure_allocations(prompts, measured, progress=lambda done, total: seen.append((done, total)))
+    assert found[0] == pytest.approx(start[0])
+    assert found[1] == pytest.approx([2 * ratio for ratio in start[0]]), "each other total follows the one before"
+    assert seen[-1] == (RACES * len(BUDGETS), RACES * len(BUDGETS))
+
+
+def test_only_the_totals_asked_for_are_raced(plan: Plan) -> None:
+    prompts: Any = Simulated(lambda ratios: max(0.0, 0.2 - ratios[1]))
+    first, second, *_ = measure_allocations(prompts, plan, BUDGETS[:1])
+    assert first[1] > 2 * BUDGETS[0]
+    assert second == pytest.approx([2 * ratio for ratio in first])
+
+
+def test_totals_are_met_on_real_prompts(path: tuple[Ratios, ...]) -> None:
+    assert [round(sum(ratios) / len(ratios), 9) for ratios in path] == [*BUDGETS, 1.0]
+
+
+def test_a_plan_follows_its_allocations_at_any_total(plan: Plan, path: tuple[Ratios, ...]) -> None:
     made = with_allocations(plan, path, ("blind",), 1)
     assert Plan.loads(made.dumps()) == made
     for total in (0.003, 0.02, 0.2, 0.37, 0.9, 1.0):
         ratios = made.layer_budgets(total)
         assert sum(ratios) / len(ratios) == pytest.approx(total, rel=1e-4)
-    for allocation in path:
-        mean = sum(allocation.ratios) / len(allocation.ratios)
-        assert made.layer_budgets(mean) == pytest.approx(allocation.ratios, abs=1e-5)
+    for ratios in path:
+        assert made.layer_budgets(sum(ratios) / len(ratios)) == pytest.approx(ratios, abs=1e-5)
+    below, smallest = made.layer_budgets(0.01), made.layer_budgets(BUDGETS[0])
+    assert below == pytest.approx([ratio / 5 for ratio in smallest], abs=1e-6), "less, but shared out alike"

@@ -14,7 +14,19 @@ from flowmm.errors import InputError
 from flowmm.models import LoadedModel, load_model
 from flowmm.plans import Plan, unprofiled_plan
 from flowmm.profiler import load_calibration
-from flowmm.profiler.joint_costs import Arrangement, JointPrompts, shift_bound
+from flowmm.profiler.joint_costs import Arrangement, JointPrompts, blocks, shift_bound
+from flowmm.profiler.sensitivity import PROTOCOLS
+from flowmm.runtime.budgets import entry_budget
+from flowmm.runtime.replay import (
+    answer_greedily,
+    build_trial,
+    divergence,
+    feed,
+    length_of_turn,
+    prefill,
+    reading_caches,
+)
+from flowmm.runtime.settings import CompressionSettings
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +67,46 @@ def test_held_prompts_cost_what_prefilled_ones_do(prompts: JointPrompts, plan: P
     assert not np.array_equal(held, prompts.costs(asked, of="nats"))
 
 
+def test_a_cost_is_the_divergence_of_the_cache_that_a_run_would_make(model: LoadedModel, plan: Plan) -> None:
+    (sample,) = load_calibration("pocket", limit=1)
+    chat = PROTOCOLS["blind"](sample)
+    assert chat is not None
+    trial = build_trial(model, chat)
+    prefilled = prefill(model.model, trial)
+    asked = replace(Arrangement.planned(plan, 0.2), ratios=(0.1, 0.4, 0.2, 0.1))
+
+    def entries(length: int) -> list[int]:
+        return [entry_budget(length, ratio) for ratio in asked.ratios]
+
+    settings = CompressionSettings(plan.method, prefilled.modes(plan), entries)
+    questions = [trial.continuation, *trial.others]
+    assert len({tuple(question[0].tolist()) for question in questions}) == 5
+    divergences = []
+    with reading_caches(model.model):
+        for question in questions:
+            first = trial.positions[..., :1] + torch.arange(question.shape[1])
+            tokens = answer_greedily(model.model, prefilled.full_cache(), question, first, 4).tokens
+            count = min(length_of_turn(model.model, tokens[0]) + 1, 4)
+            fed = torch.cat([question, tokens[:, : count - 1]], dim=1)
+            places = trial.positions[..., :1] + torch.arange(fed.shape[1])
+            wanted, given = (
+                feed(model.model, cache, fed, places, keep=count)
+                for cache in (prefilled.full_cache(), prefilled.cache(settings))
+            )
+            divergences.append(divergence(wanted, given))
+    expected = (torch.cat(divergences, dim=1) / 2).sqrt().clamp(max=1).mean()
+    prompts = JointPrompts.read(model, plan, [sample], protocols=("blind",))
+    assert prompts.costs([asked]) == pytest.approx(float(expected), abs=1e-4)
+
+
 def test_halves_share_no_prompt(prompts: JointPrompts) -> None:
     first, second = prompts.every(2, 0), prompts.every(2, 1)
     assert (len(first), len(second)) == (2, 1)
     assert set(first.trials) | set(second.trials) == set(prompts.trials)
     assert len(second.every(2, 1)) == 1, "where a half would be empty, all prompts stay"
+    parts = prompts.parts((1, 3))
+    assert [list(part.trials) for part in parts] == [[0], [1, 2]]
+    assert [list(prompts.turned(number).trials) for number in (0, 1, 3)] == [[0, 1, 2], [1, 2, 0], [0, 1, 2]]
 
 
 def test_an_online_layer_has_the_mode_of_the_prompt(plan: Plan) -> None:
@@ -72,3 +119,10 @@ def test_an_online_layer_has_the_mode_of_the_prompt(plan: Plan) -> None:
 def test_unknown_protocols_are_refused(model: LoadedModel, plan: Plan) -> None:
     with pytest.raises(InputError, match="expected one or more of"):
         JointPrompts.read(model, plan, load_calibration("pocket", limit=1), protocols=("third",))
+
+
+@pytest.mark.parametrize(("layers", "sizes"), [(1, [1]), (4, [1] * 4), (6, [1] * 6), (28, [4, 5, 5, 4, 5, 5])])
+def test_blocks_cover_all_layers_in_order(layers: int, sizes: list[int]) -> None:
+    found = blocks(layers)
+    assert [len(block) for block in found] == sizes
+    assert [layer for block in found for layer in block] == list(range(layers))

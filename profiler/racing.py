@@ -1,0 +1,84 @@
+"""Many proposals, few prompts: most of the prompts are spent on the proposals that did well on the first ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+# The first part of the prompts is one in so many: a power of two.
+FIRST_PART = 8
+# Fewer prompts than this measure all proposals.
+FEWEST_TO_RACE = 8
+# Of the proposals, after each part but the last, the best one in so many stay.
+ONE_IN = 3
+# A race without a winner is run once more, on the prompts in another order: the first few lose some that are good.
+PATIENCE = 2
+# Of the present cost.
+LEAST_SHARE = 0.05
+
+Part = TypeVar("Part")
+Proposal = TypeVar("Proposal")
+State = TypeVar("State")
+
+
+def improved(state: State, race: Callable[[State, int], State | None], races: int) -> State:
+    """Where races lead from `state`: each is given the present state and its own number, and may find a better one.
+
+    The last of `races`, or :data:`PATIENCE` in a row that find none, end it.
+    """
+    misses = 0
+    for number in range(races):
+        better = race(state, number)
+        misses = misses + 1 if better is None else 0
+        if better is not None:
+            state = better
+        elif misses == PATIENCE:
+            break
+    return state
+
+
+def part_ends(prompts: int) -> tuple[int, ...]:
+    """Where the parts of so many prompts end: each part but the first is as large as all before it, or a little larger.
+
+    With fewer than :data:`FEWEST_TO_RACE` prompts there is one part.
+    """
+    if prompts < FEWEST_TO_RACE:
+        return (prompts,)
+    return (*(prompts // FIRST_PART << turn for turn in range(FIRST_PART.bit_length() - 1)), prompts)
+
+
+def survivors(
+    proposals: Sequence[Proposal],
+    parts: Iterable[Part],
+    measure: Callable[[Part, list[Proposal]], np.ndarray],
+) -> tuple[list[Proposal], np.ndarray]:
+    """What is left of the proposals, in their order, and ``[prompts, 1 + left]`` costs, the present state first.
+
+    Args:
+        parts: of the prompts (:func:`part_ends`).
+        measure: costs ``[prompts of a part, 1 + proposals]``, the present state first.
+    """
+    left, cost = list(proposals), np.empty((0, 1 + len(proposals)))
+    for part in parts:
+        if len(cost):
+            gain = cost[:, :1].mean(0) - cost[:, 1:].mean(0)
+            better = sorted(np.argsort(-gain, kind="stable")[: -(-len(left) // ONE_IN)].tolist())
+            left, cost = [left[place] for place in better], cost[:, [0, *(1 + place for place in better)]]
+        cost = np.concatenate([cost, measure(part, left)])
+    return left, cost
+
+
+def gains_of(cost: np.ndarray) -> dict[int, float]:
+    """From ``[prompts, 1 + proposals]``, the present state first: mean gain of every proposal that holds.
+
+    One holds where it gains on average more than a standard error over prompts, and :data:`LEAST_SHARE` of the present
+    cost. A single prompt has no standard error, so that it decides nothing.
+    """
+    gain = cost[:, :1] - cost[:, 1:]
+    if len(gain) < 2:
+        return {}
+    mean, error = gain.mean(0), gain.std(0, ddof=1) / len(gain) ** 0.5
+    least = LEAST_SHARE * cost[:, 0].mean()
+    return {place: float(mean[place]) for place in range(len(mean)) if mean[place] > max(error[place], least)}

@@ -1,0 +1,49 @@
+"""Racing: who stays, on which prompts, and when a gain holds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from flowmm.profiler.racing import gains_of, improved, part_ends, survivors
+
+
+@pytest.mark.parametrize(
+    ("prompts", "ends"), [(1, (1,)), (7, (7,)), (8, (1, 2, 4, 8)), (19, (2, 4, 8, 19)), (64, (8, 16, 32, 64))]
+)
+def test_each_part_is_as_large_as_all_before_it(prompts: int, ends: tuple[int, ...]) -> None:
+    assert part_ends(prompts) == ends
+
+
+def test_the_best_third_goes_on_after_each_part() -> None:
+    asked: list[tuple[str, list[int]]] = []
+
+    def measure(part: str, proposed: list[int]) -> np.ndarray:
+        asked.append((part, list(proposed)))
+        return np.array([[50.0, *(float(one) for one in proposed)]] * 2)
+
+    left, cost = survivors([9, 4, 7, 1, 8, 2, 6], ["a", "b", "c"], measure)
+    assert asked == [("a", [9, 4, 7, 1, 8, 2, 6]), ("b", [4, 1, 2]), ("c", [1])]
+    assert left == [1]
+    assert cost.tolist() == [[50.0, 1.0]] * 6
+
+
+def test_a_gain_holds_above_its_standard_error_and_a_twentieth_of_the_cost() -> None:
+    own = np.array([10.0, 11.0, 12.0])
+    steady, unsteady, little = own - np.array([2.0, 2.5, 3.0]), own - np.array([-9.0, 0.0, 11.0]), own - 0.4
+    assert gains_of(np.stack([own, steady, unsteady, little], 1)) == pytest.approx({0: 2.5})
+    assert gains_of(np.array([[5.0, 1.0]])) == {}, "one prompt decides nothing"
+    assert gains_of(np.zeros((4, 2))) == {}
+
+
+def test_a_race_without_a_winner_is_run_once_more() -> None:
+    numbers: list[int] = []
+    found = iter([1, None, 2, None, None, 3])
+
+    def race(_: int, number: int) -> int | None:
+        numbers.append(number)
+        return next(found)
+
+    assert improved(0, race, 10) == 2
+    assert numbers == [0, 1, 2, 3, 4]
+    assert improved(0, lambda state, _: state + 1, 4) == 4
