@@ -309,29 +309,31 @@ class FlowCache(Cache):
         key, value = states.first_entries(prompt.width)
         rotary = None if self._rotary is None else self._rotary.first(prompt.width)
         rows = prompt.rho_rows
-        rho = None if rows is None else sampled_rho(query, key, layout, rows, scaling)
-        cross = cross_rows(mode, None if rho is None else rho.rho, layout, method)
-        if settings.check is not None and rho is not None:
-            cross = settings.check.adapt(cross, rho, layer, method)
-        bytes_before, compressed = key.nbytes + value.nbytes, None
-        # A padded layer goes through even when it keeps everything: its padding must leave.
-        if not prompt.whole and (counts != layout.lengths or layout.padded):
-            compressed = compress_layer(
-                query,
-                key,
-                value,
-                layout,
-                prompt.proxies,
-                counts,
-                cross,
-                method,
-                scaling,
-                rotary,
-                layer,
-                shared,
-                operation=settings.operation,
-            )
-            states.replace_prompt(compressed, prompt.width)
+        # Whatever precision a caller lets the model's products lose.
+        with torch.autocast(query.device.type, enabled=False):
+            rho = None if rows is None else sampled_rho(query, key, layout, rows, scaling)
+            cross = cross_rows(mode, None if rho is None else rho.rho, layout, method)
+            if settings.check is not None and rho is not None:
+                cross = settings.check.adapt(cross, rho, layer, method)
+            bytes_before, compressed = key.nbytes + value.nbytes, None
+            # A padded layer goes through even when it keeps everything: its padding must leave.
+            if not prompt.whole and (counts != layout.lengths or layout.padded):
+                compressed = compress_layer(
+                    query,
+                    key,
+                    value,
+                    layout,
+                    prompt.proxies,
+                    counts,
+                    cross,
+                    method,
+                    scaling,
+                    rotary,
+                    layer,
+                    shared,
+                    operation=settings.operation,
+                )
+                states.replace_prompt(compressed, prompt.width)
         bytes_after = states.bytes_per_entry * (prompt.width if compressed is None else max(counts))
         record = LayerRecord.of(layer, mode, cross, rho, counts, key.shape[1], compressed)
         prompt.record.layers.append(record.with_bytes(bytes_before, bytes_after))
@@ -356,7 +358,8 @@ class FlowCache(Cache):
             cross=prompt.record.layers[layer].cross,
             rotary=self._rotary,
         )
-        recompress_layer(states, held, counts, conversation, method, scaling, layer)
+        with torch.autocast(query.device.type, enabled=False):
+            recompress_layer(states, held, counts, conversation, method, scaling, layer)
         states.row_entries = counts
         prompt.record.recompressions[layer] += 1
 

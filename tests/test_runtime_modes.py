@@ -15,6 +15,7 @@ from transformers import TextStreamer
 import flowmm
 from flowmm.errors import InputError
 from flowmm.plans import MethodParameters
+from flowmm.runtime import cache
 
 # Answers that repeat themselves give prompt lookup something to draft.
 REPEATING = [[5, -16, *[7] * 3, -9, 40]]
@@ -273,3 +274,28 @@ def test_a_worker_thread_uses_the_block_around_it(model: Any) -> None:
         assert run.report.kept_tokens < run.report.full_tokens
         here = model.generate(**tiny_inputs(PROMPT), **GREEDY)
     assert torch.equal(logits_of(found["ids"]), logits_of(here))
+
+
+@pytest.mark.parametrize("preset", ["robust", "paper"])
+def test_autocast_leaves_compression_in_its_own_precision(
+    model: Any, preset: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autocast makes bf16 values; what entries are compressed to is the same as without autocast around it."""
+    made: list[tuple[Any, Any]] = []
+
+    def compress_layer(*args: Any, **kwargs: Any) -> Any:
+        under = cache.compress_layer_itself(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            made.append((under, cache.compress_layer_itself(*args, **kwargs)))
+        return under
+
+    monkeypatch.setattr(cache, "compress_layer_itself", cache.compress_layer, raising=False)
+    monkeypatch.setattr(cache, "compress_layer", compress_layer)
+    block = flowmm.compress(model, uneven_plan(model), budget=0.25, method=preset, recompress_every=4)
+    with block as run, torch.autocast("cpu", dtype=torch.bfloat16):
+        model.generate(**tiny_inputs(PROMPT), **GREEDY)
+        assert run.cache.states[0].values.dtype == torch.bfloat16
+    assert made
+    for under, plain in made:
+        assert torch.equal(under.entries.keys, plain.entries.keys)
+        assert torch.equal(under.entries.values, plain.entries.values)
