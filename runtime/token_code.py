@@ -148,11 +148,11 @@ def _key(model: Any, cache: StaticFlowCache, ids: Tensor, positions: Tensor) -> 
         for name in ("attentions", "hidden_states")
     ):
         raise UnsuitedError("its configuration asks for attentions or hidden states")
+    # Not mkldnn's: torch's exporter turns it off for all threads while it traces, and the code asks for it when run.
     switches = (
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_float32_matmul_precision(),
-        torch.backends.mkldnn.enabled,
     )
     buffers = [(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in flat_buffers(cache)]
     told = (environment(), transformers.__version__, switches, describe(model), _setting(ids, positions), buffers)
