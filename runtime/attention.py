@@ -312,6 +312,9 @@ def attend_one_token(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, sc
     query = (query * scaling).reshape(batch, kv_heads, q_heads // kv_heads, 1, dim)
     # Heads are picked one by one: with several readers, the compiler stores the rotated queries before the loop over
     # keys instead of rotating them again for every key.
-    logits = [(query[:, :, head] * key).sum(-1) + bias for head in range(query.shape[2])]
-    weights = torch.stack(logits, dim=2).softmax(-1)
-    return torch.matmul(weights, value).reshape(batch, 1, q_heads, dim)
+    logits = torch.stack([(query[:, :, head] * key).sum(-1) + bias for head in range(query.shape[2])], dim=2)
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    channels = value.transpose(2, 3)
+    sums = [(weights[:, :, head, None] * channels).sum(-1) for head in range(weights.shape[2])]
+    # Divided last, or the compiler divides every weight again for every channel.
+    return (torch.stack(sums, dim=2) / weights.sum(-1, keepdim=True)).reshape(batch, 1, q_heads, dim)

@@ -31,7 +31,12 @@ class Buffers:
     def __init__(self, keys: Tensor, values: Tensor, capacity: int) -> None:
         batch, heads, _, dim = keys.shape
         self.keys = keys.new_zeros(batch, heads, capacity, dim)
-        self.values = values.new_zeros(batch, heads, capacity, values.shape[-1])
+        channels = values.shape[-1]
+        if _sums_in_loops(values):
+            # Stored by channel, so that a channel's sum over all entries reads memory in order.
+            self.values = values.new_zeros(batch, heads, channels, capacity).transpose(2, 3)
+        else:
+            self.values = values.new_zeros(batch, heads, capacity, channels)
         self.bias = keys.new_zeros(batch, heads, capacity)
         self.filled = torch.zeros((), dtype=torch.long, device=keys.device)
         self.seen = torch.zeros((), dtype=torch.long, device=keys.device)
@@ -229,7 +234,8 @@ class StaticFlowCache(FlowCache):
         if not isinstance(states, StaticFlowLayer) or not states.settled or states.buffers is None:
             return super().attend(layer, query, key, value, mask, scaling, base)
         if query.shape[2] == 1:
-            attend = attend_one_token if _is_compiled_for_cpu(query) else attend_compressed
+            in_loops = torch.compiler.is_compiling() and _sums_in_loops(query)
+            attend = attend_one_token if in_loops else attend_compressed
             return attend(query, key, value, states.buffers.bias, scaling), None
         return attend_compressed(query, *states.held(), scaling), None
 
@@ -246,6 +252,6 @@ class StaticFlowCache(FlowCache):
         states.settle(self.room)
 
 
-def _is_compiled_for_cpu(query: Tensor) -> bool:
-    """Whether this call is being compiled into CPU code, for a dtype whose sums need no wider one."""
-    return torch.compiler.is_compiling() and query.device.type == "cpu" and query.dtype == torch.float32
+def _sums_in_loops(tensor: Tensor) -> bool:
+    """Whether compiled code attends from this device in its own loops, for a dtype whose sums need no wider one."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32

@@ -59,15 +59,16 @@ class TokenCall:
         self._refused: StaticFlowCache | None = None
 
     def __call__(self, **kwargs: Any) -> Any:
-        """Logits ``[B, 1, V]`` and the cache, which then holds the token."""
+        """Logits ``[B, 1, V]`` and the cache, which then holds the token; one object for all tokens of an answer."""
         ids: Any = kwargs.get("input_ids")
         positions: Any = kwargs.get("position_ids")
         cache: Any = kwargs.get("past_key_values")
+        if self._decoder is not None and self._decoder.serves(cache, ids, positions) and _asks_no_more(kwargs):
+            return self._decoder(ids, positions)
         if cache is not self._refused and _is_token(ids, positions, cache) and _asks_no_more(kwargs):
-            if self._decoder is None or not self._decoder.serves(cache, ids, positions):
-                self._decoder = _decoder(self._model, cache, ids, positions, kwargs)
+            self._decoder = _decoder(self._model, cache, ids, positions, kwargs)
             if self._decoder is not None:
-                return CausalLMOutputWithPast(logits=self._decoder(ids, positions), past_key_values=cache)
+                return self._decoder(ids, positions)
             self._refused = cache
         if self._ordinary is None:
             self._ordinary = self._make_ordinary()
@@ -84,15 +85,25 @@ class _Decoder:
         self._addresses = addresses_of(self._weights)
         self._cache, self._owners, self._buffers = cache, buffers_of(cache), flat_buffers(cache)
         self._setting = _setting(ids, positions)
+        # Made once: it takes as long as the rest of what Python does for a token.
+        self._output = CausalLMOutputWithPast(logits=torch.empty(0), past_key_values=cache)
 
-    def serves(self, cache: StaticFlowCache, ids: Tensor, positions: Tensor) -> bool:
+    def serves(self, cache: Any, ids: Any, positions: Any) -> bool:
         """Whether this token is like the one that the code was made or found for."""
-        same = cache is self._cache and all(map(operator.is_, buffers_of(cache), self._owners))
-        return same and _setting(ids, positions) == self._setting
+        return (
+            cache is self._cache
+            and cache.settled
+            and isinstance(ids, Tensor)
+            and isinstance(positions, Tensor)
+            and all(map(operator.is_, buffers_of(cache), self._owners))
+            and _setting(ids, positions) == self._setting
+            and _is_plain_inference()
+        )
 
-    def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
+    def __call__(self, ids: Tensor, positions: Tensor) -> CausalLMOutputWithPast:
         inputs = [ids.contiguous(), positions.contiguous(), *self._buffers]
-        return self._package.run(self._weights, self._addresses, inputs)
+        self._output.logits = self._package.run(self._weights, self._addresses, inputs)
+        return self._output
 
 
 def _is_token(ids: Any, positions: Any, cache: Any) -> bool:
@@ -102,9 +113,12 @@ def _is_token(ids: Any, positions: Any, cache: Any) -> bool:
         and all(isinstance(tensor, Tensor) and tensor.device.type == "cpu" for tensor in (ids, positions))
         and ids.ndim == 2
         and ids.shape[1] == 1
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
+        and _is_plain_inference()
     )
+
+
+def _is_plain_inference() -> bool:
+    return not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
 def _asks_no_more(kwargs: dict[str, Any]) -> bool:
@@ -116,7 +130,7 @@ def _asks_no_more(kwargs: dict[str, Any]) -> bool:
 
 
 def _setting(ids: Tensor, positions: Tensor) -> tuple[Any, ...]:
-    return ids.shape, ids.dtype, positions.shape, positions.dtype, torch.get_num_threads()
+    return ids.shape, ids.dtype, ids.device, positions.shape, positions.dtype, positions.device, torch.get_num_threads()
 
 
 def _decoder(

@@ -27,6 +27,8 @@ OPTIONS = CPU_DECODING | {
     "always_keep_tensor_constants": True,
     # They take 140 MB and are for one package alone.
     "aot_inductor.precompile_headers": False,
+    # One allocation for what a token computes instead of a hundred, for whose bookkeeping a token waits.
+    "memory_planning": True,
 }
 
 logger = logging.getLogger(__name__)
@@ -74,8 +76,10 @@ class Package:
             inputs: ids, positions, and the cache's :func:`flat_buffers`, which then hold the token.
         """
         with self._lock:
-            if addresses != self._addresses:
-                self._give(weights)
+            if addresses is not self._addresses:
+                if addresses != self._addresses:
+                    self._give(weights)
+                self._addresses = addresses
             return self._run(inputs)[0]
 
 
@@ -105,7 +109,14 @@ def _make(path: Path, model: Any, cache: StaticFlowCache, ids: Tensor, positions
     with torch.no_grad():
         # Exporting exchanges the weights of what it traces, which another thread may be using.
         program = torch.export.export(_Token(twin(model), cache), example, strict=False)
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs={**OPTIONS})
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=_options())
+
+
+def _options() -> dict[str, Any]:
+    # Multiplication and addition in one instruction; torch made a choice of what was a switch.
+    name = "enable_floating_point_contract_flag"
+    switch = isinstance(getattr(torch._inductor.config.cpp, name), bool)
+    return {**OPTIONS, f"cpp.{name}": True if switch else "fast"}
 
 
 class _Token(nn.Module):
