@@ -114,8 +114,8 @@ def main() -> None:
     fresh = JointPrompts.read(model, plan, samples[seen:], protocols=plan.sensitivity.protocols, hold=True)
     asked = [Arrangement.planned(each, total) for each in plans for total in TOTALS]
     asked += [replace(Arrangement.planned(plan, total), ratios=other.layer_budgets(total)) for total in TOTALS]
-    shape = (len(fresh), -1, len(TOTALS))
-    cost, divergence = fresh.costs(asked).reshape(shape), fresh.costs(asked, of="nats").reshape(shape)
+    both = fresh.costs(asked, of=("shift_bound", "nats")).reshape(len(fresh), 2, -1, len(TOTALS))
+    cost, divergence = both[:, 0], both[:, 1]
     result = {
         "environment": environment(arguments.note),
         "model": {"source": model.source, "weights_sha256": model.fingerprint().weights_sha256},

@@ -85,7 +85,8 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     default=32,
     show_default=True,
-    help="Prompts that measured layer budgets and decisions, and those by entropy or variance, are taken from.",
+    help="Prompts, of those up to --limit, that measured layer budgets and decisions, and those by entropy or "
+    "variance, are taken from.",
 )
 @click.option("--sample-rows", type=click.IntRange(min=2), help="Also record rho from so many rows per modality.")
 @click.option("--dry-run", is_flag=True, help="Say what this would cost, from a few prompts, and write nothing.")
@@ -193,6 +194,9 @@ def profile(
     journal.discard()
     seconds = round(time.monotonic() - start, 3)
     count = plan.calibration.n_samples if plan.calibration else 0
+    if not quiet and plan.sensitivity is not None and plan.sensitivity.n_samples < sensitivity_prompts:
+        of = f"{plan.sensitivity.n_samples} prompts, not {sensitivity_prompts}"
+        print_note(f"layers were measured on {of}: the data (up to --limit) has no more of use")
     if as_json:
         layers = [{"index": i.index, "rho": i.rho.mean if i.rho else None, "mode": i.mode} for i in plan.layers]
         described = {"plan": str(out), "id": plan.short_id, "records": str(records), "layers": layers}

@@ -5,8 +5,8 @@ neighbouring layers other parameters while all layers keep what the plan's budge
 
 The rule against noise: proposals are made on one half of the prompts and must hold on the other. They race on the
 first half at the smallest of :data:`BUDGETS` (:mod:`flowmm.profiler.racing`). The best :data:`PROPOSED` of those that
-then gain more than a standard error are measured at all budgets on the second half; of those that gain more than a
-standard error there, the one with the largest gain is taken. A gain of less than a twentieth of the cost is none.
+then gain more than a standard error race at all budgets on the second half; of those that gain more than a standard
+error there, the one with the largest gain is taken. A gain of less than a twentieth of the cost is none.
 Further races go on from there, until two in a row find nothing. At last every layer whose choice does not lower the
 cost over all prompts goes back to the method's parameters.
 """
@@ -27,7 +27,7 @@ from flowmm.profiler.joint_budgets import measure_allocations, with_allocations
 from flowmm.profiler.joint_costs import BUDGETS, Arrangement, JointPrompts, blocks
 from flowmm.profiler.journal import Journal
 from flowmm.profiler.profiling import Progress
-from flowmm.profiler.racing import gains_of, improved, part_ends, survivors
+from flowmm.profiler.racing import gains_of, improved, part_ends, survivors, winner
 from flowmm.profiler.ranks import Ranks
 from flowmm.profiler.samples import Sample
 from flowmm.profiler.sensitivity import MIXED, measure_sensitivity, with_measured_budgets
@@ -148,10 +148,11 @@ def _better(asked: _Asked, prompts: JointPrompts, number: int, plan: Plan, state
     """The proposal that gains most and holds, or ``None``."""
     first, second = prompts.every(2, 0).turned(number), prompts.every(2, 1)
     short = _promising(asked, first, plan, state)
-    if not short:
-        return None
-    gains = gains_of(_over_budgets(asked, second, plan, [state, *short]))
-    return short[max(gains, key=lambda place: gains[place])] if gains else None
+
+    def measure(part: JointPrompts, states: Sequence[State]) -> np.ndarray:
+        return _over_budgets(asked, part, plan, [state, *states])
+
+    return winner(short, second.parts(part_ends(len(second))), measure)
 
 
 def _promising(asked: _Asked, prompts: JointPrompts, plan: Plan, state: State) -> list[State]:
@@ -167,30 +168,32 @@ def _promising(asked: _Asked, prompts: JointPrompts, plan: Plan, state: State) -
 
 
 def _over_budgets(asked: _Asked, prompts: JointPrompts, plan: Plan, states: Sequence[State], **how: Any) -> np.ndarray:
-    """``[prompts, states]``: mean cost over :data:`BUDGETS`."""
+    """``[prompts, states]``: mean cost over :data:`BUDGETS`; of several measures, one after the other."""
     arrangements = [arranged(plan, state, total) for total in BUDGETS for state in states]
     cost = asked.costs(prompts, arrangements, **how)
-    return cost.reshape(len(cost), len(BUDGETS), len(states)).mean(1)
+    return cost.reshape(len(cost), -1, len(BUDGETS), len(states)).mean(2).reshape(len(cost), -1)
 
 
 def _worthwhile(asked: _Asked, prompts: JointPrompts, plan: Plan, state: State) -> tuple[LayerChoice | None, ...]:
     """Choices of the layers whose own lower the cost, given the others', each with what it costs in nats."""
-    chosen = [layer for layer, changes in enumerate(state) if changes]
-    if not chosen:
-        return (None,) * len(state)
-
-    def without(layer: int) -> State:
-        return (*state[:layer], {}, *state[layer + 1 :])
-
-    cost = _over_budgets(asked, prompts, plan, [state, *map(without, chosen)]).mean(0)
-    state = tuple(
-        {} if layer in chosen and cost[1 + chosen.index(layer)] <= cost[0] else changes
-        for layer, changes in enumerate(state)
-    )
-    chosen = [layer for layer, changes in enumerate(state) if changes]
-    divergence = _over_budgets(asked, prompts, plan, [state, *map(without, chosen)], of="nats").mean(0)
-    costs = {layer: (float(divergence[1 + place]), float(divergence[0])) for place, layer in enumerate(chosen)}
+    chosen, cost, nats = _alone(asked, prompts, plan, state)
+    idle = [layer for layer in chosen if cost[1 + chosen.index(layer)] <= cost[0]]
+    if idle:
+        state = tuple({} if layer in idle else changes for layer, changes in enumerate(state))
+        chosen, _, nats = _alone(asked, prompts, plan, state)
+    costs = {layer: (float(nats[1 + place]), float(nats[0])) for place, layer in enumerate(chosen)}
     return tuple(LayerChoice(**changes, cost=costs[layer]) if changes else None for layer, changes in enumerate(state))
+
+
+def _alone(asked: _Asked, prompts: JointPrompts, plan: Plan, state: State) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Layers with a choice; the state's mean cost, then that without each of them; and the same in nats."""
+    chosen = [layer for layer, changes in enumerate(state) if changes]
+    states = [state, *((*state[:layer], {}, *state[layer + 1 :]) for layer in chosen)]
+    if not chosen:
+        return chosen, np.zeros(1), np.zeros(1)
+    both = _over_budgets(asked, prompts, plan, states, of=("shift_bound", "nats")).mean(0)
+    cost, nats = np.split(both, 2)
+    return chosen, cost, nats
 
 
 def with_choices(plan: Plan, choices: Sequence[LayerChoice | None], protocols: Sequence[str], prompts: int) -> Plan:

@@ -19,7 +19,7 @@ from flowmm.plans.allocation import along_path
 from flowmm.plans.layers import scale_budgets
 from flowmm.profiler.joint_costs import BUDGETS, Arrangement, JointPrompts, blocks
 from flowmm.profiler.profiling import Progress
-from flowmm.profiler.racing import gains_of, improved, part_ends, survivors
+from flowmm.profiler.racing import improved, part_ends, winner
 
 Ratios = tuple[float, ...]
 """Of the entries that each layer keeps."""
@@ -120,9 +120,7 @@ def _better(prompts: JointPrompts, planned: Arrangement, total: float, ratios: R
     def measure(part: JointPrompts, proposed: Sequence[Ratios]) -> np.ndarray:
         return part.costs([replace(planned, ratios=one) for one in (ratios, *proposed)], forget=False)
 
-    left, cost = survivors(transfers(ratios, total), prompts.parts(part_ends(len(prompts))), measure)
-    gains = gains_of(cost)
-    return left[max(gains, key=lambda place: gains[place])] if gains else None
+    return winner(transfers(ratios, total), prompts.parts(part_ends(len(prompts))), measure)
 
 
 def with_budgets_of(plan: Plan, other: Plan) -> Plan:

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from flowmm.models import LoadedModel
@@ -168,14 +169,14 @@ class JointPrompts:
         self,
         arrangements: Sequence[Arrangement],
         *,
-        of: Measure = "shift_bound",
+        of: Sequence[Measure] = ("shift_bound",),
         forget: bool = True,
         progress: Progress | None = None,
     ) -> np.ndarray:
         """``[prompts, arrangements]`` fp64: mean over answer tokens and protocols.
 
         Args:
-            of: what a token costs, see :data:`MEASURES`.
+            of: what a token costs, see :data:`MEASURES`; of several, the columns of one stand before those of the next.
             forget: free what compressions of a prompt have in common before the next prompt.
             progress: called with (finished prompts, prompts).
         """
@@ -189,7 +190,9 @@ class JointPrompts:
         )
         return np.array(list(found.values()))
 
-    def _costs_of(self, place: int, arrangements: Sequence[Arrangement], of: Measure, forget: bool) -> list[float]:
+    def _costs_of(
+        self, place: int, arrangements: Sequence[Arrangement], of: Sequence[Measure], forget: bool
+    ) -> list[float]:
         readings = self._readings(place)
         with reading_caches(self.model.model):
             costs = np.mean([_costs(reading, arrangements, of) for reading in readings], axis=0)
@@ -199,19 +202,20 @@ class JointPrompts:
         return costs.tolist()
 
 
-def _question(arrangements: Sequence[Arrangement], of: Measure) -> str:
+def _question(arrangements: Sequence[Arrangement], of: Sequence[Measure]) -> str:
     parts = [
         [[method.model_dump(mode="json") for method in one.methods], one.modes, [float(ratio) for ratio in one.ratios]]
         for one in arrangements
     ]
-    return key_of([of, parts])
+    return key_of([[*of], parts])
 
 
-def _costs(reading: Reading, arrangements: Sequence[Arrangement], of: Measure) -> np.ndarray:
-    """``[arrangements]`` of one prompt under one protocol."""
+def _costs(reading: Reading, arrangements: Sequence[Arrangement], of: Sequence[Measure]) -> np.ndarray:
+    """``[measures x arrangements]`` of one prompt under one protocol."""
     found = []
     for start in range(0, len(arrangements), ROWS_PER_BATCH):
         batch = arrangements[start : start + ROWS_PER_BATCH]
         made = [reading.cache(arrangement.settings(reading.modes)) for arrangement in batch]
-        found.append(MEASURES[of](reading.divergence(made)).mean(-1).double().cpu().numpy())
-    return np.concatenate(found)
+        divergence = reading.divergence(made)
+        found.append(torch.stack([MEASURES[one](divergence).mean(-1) for one in of]).double().cpu().numpy())
+    return np.concatenate(found, axis=1).reshape(-1)

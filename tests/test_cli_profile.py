@@ -47,6 +47,7 @@ def test_the_plan_goes_to_plans_under_the_models_name(profile: Any, pictures: Pa
     assert plan.short_id in output.out
     assert "mean ± std" in output.out
     assert "profiled 3 of 3 prompts" in output.err
+    assert "layers were measured on 3 prompts, not 32" in output.err
     assert "wrote plans/tiny-vl.json from 3 prompts" in output.err
 
 

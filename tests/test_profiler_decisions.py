@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from simulated import SimulatedPrompts
 from tiny_checkpoint import write_checkpoint
 
 import flowmm
@@ -92,44 +93,14 @@ def test_proposals_add_to_what_was_chosen_and_lead_back(plan: Plan) -> None:
     assert (kcenter, state[1], {}, {}) in found, "one selector has no first share"
 
 
-class Simulated:
-    """Prompts whose costs are made up: `effect` of an arrangement's methods, plus noise of prompt and arrangement."""
-
-    def __init__(self, count: int, effect: Any, noise: float, seed: int = 0) -> None:
-        self.count, self.effect, self.noise = count, effect, noise
-        self.generator = np.random.default_rng(seed)
-
-    def __len__(self) -> int:
-        return self.count
-
-    def every(self, step: int, start: int) -> Simulated:
-        return Simulated(
-            len(range(start, self.count, step)), self.effect, self.noise, int(self.generator.integers(10**9))
-        )
-
-    def turned(self, _: int) -> Simulated:
-        return self
-
-    def parts(self, ends: Sequence[int]) -> list[Simulated]:
-        seeds = self.generator.integers(10**9, size=len(ends)).tolist()
-        return [
-            Simulated(stop - start, self.effect, self.noise, seed)
-            for start, stop, seed in zip((0, *ends), ends, seeds, strict=False)
-        ]
-
-    def costs(self, arrangements: Any, **_: Any) -> np.ndarray:
-        mean = np.array([1.0 - self.effect(one) for one in arrangements])
-        return np.maximum(0, mean + self.noise * self.generator.normal(size=(self.count, len(mean))))
-
-
-def wins(arrangement: Arrangement) -> float:
+def cost_of(arrangement: Arrangement) -> float:
     """Layers 1 and 2 gain by k-center only together, layer 3 by eviction."""
     kcenter = [method.selector == "weighted_kcenter" for method in arrangement.methods]
-    return 0.3 * (kcenter[1] and kcenter[2]) - 0.05 * sum(kcenter) + 0.1 * (arrangement.methods[3].merge == "evict")
+    return 1 - 0.3 * (kcenter[1] and kcenter[2]) + 0.05 * sum(kcenter) - 0.1 * (arrangement.methods[3].merge == "evict")
 
 
 def test_what_holds_on_both_halves_is_chosen_also_where_layers_must_change_together(plan: Plan) -> None:
-    prompts: Any = Simulated(32, wins, 0.05)
+    prompts: Any = SimulatedPrompts(cost_of, noise=0.05)
     found = measure_choices(prompts, plan)
     assert [choice and choice.selector for choice in found] == [None, "weighted_kcenter", "weighted_kcenter", None]
     assert found[3] is not None
@@ -138,18 +109,18 @@ def test_what_holds_on_both_halves_is_chosen_also_where_layers_must_change_toget
         assert choice.cost[1] < choice.cost[0]
 
 
-@pytest.mark.parametrize(("prompts", "shares"), [(7, (1,)), (8, (1, 1 / 3, 1 / 9, 1 / 27))])
+@pytest.mark.parametrize(("prompts", "shares"), [(6, (1,)), (24, (1, 1 / 3, 1 / 9))])
 def test_proposals_race_on_the_proposing_prompts(
     plan: Plan, prompts: int, shares: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, int]] = []
 
-    def costs(self: Simulated, arrangements: Any, **_: Any) -> np.ndarray:
+    def costs(self: SimulatedPrompts, arrangements: Any, **_: Any) -> np.ndarray:
         asked.append((len(self), len(arrangements)))
         return np.ones((len(self), len(arrangements)))
 
-    monkeypatch.setattr(Simulated, "costs", costs)
-    simulated: Any = Simulated(2 * prompts, wins, 0.0)
+    monkeypatch.setattr(SimulatedPrompts, "costs", costs)
+    simulated: Any = SimulatedPrompts(cost_of, 2 * prompts)
     assert measure_choices(simulated, plan) == (None,) * 4
     proposed = len(list(proposals(plan, ({},) * 4)))
     once = [1 + math.ceil(proposed * share) for share in shares]
@@ -163,7 +134,7 @@ def test_noise_alone_seldom_chooses(plan: Plan) -> None:
 
 
 def _noises(count: int) -> list[Any]:
-    return [Simulated(32, lambda _: 0.0, 0.5, seed) for seed in range(count)]
+    return [SimulatedPrompts(lambda _: 1.0, noise=0.5, seed=seed) for seed in range(count)]
 
 
 def test_one_prompt_chooses_nothing(model: LoadedModel, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

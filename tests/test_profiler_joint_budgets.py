@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from simulated import SimulatedPrompts
 from tiny_checkpoint import write_checkpoint
 
 import flowmm
@@ -16,7 +15,7 @@ from flowmm.models import LoadedModel, load_model
 from flowmm.plans import MethodParameters, Plan, unprofiled_plan
 from flowmm.profiler import load_calibration
 from flowmm.profiler.joint_budgets import LEAST, RACES, Ratios, measure_allocations, transfers, with_allocations
-from flowmm.profiler.joint_costs import BUDGETS, Arrangement, JointPrompts
+from flowmm.profiler.joint_costs import BUDGETS, JointPrompts
 
 
 @pytest.fixture(scope="module")
@@ -34,34 +33,6 @@ def plan(model: LoadedModel) -> Plan:
 def path(model: LoadedModel, plan: Plan) -> tuple[Ratios, ...]:
     prompts = JointPrompts.read(model, plan, load_calibration("pocket", limit=2), protocols=("blind",), hold=True)
     return measure_allocations(prompts, plan)
-
-
-class Simulated:
-    """Prompts whose costs are made up: `cost` of the layers' ratios, plus noise of prompt and arrangement."""
-
-    def __init__(self, cost: Callable[[np.ndarray], float], count: int = 32, noise: float = 0.0, seed: int = 0) -> None:
-        self.cost, self.count, self.noise = cost, count, noise
-        self.generator = np.random.default_rng(seed)
-
-    def __len__(self) -> int:
-        return self.count
-
-    def turned(self, _: int) -> Simulated:
-        return self
-
-    def parts(self, ends: Sequence[int]) -> list[Simulated]:
-        starts, seeds = (0, *ends), self.generator.integers(10**9, size=len(ends)).tolist()
-        return [
-            Simulated(self.cost, stop - start, self.noise, seed)
-            for start, stop, seed in zip(starts, ends, seeds, strict=False)
-        ]
-
-    def costs(self, arrangements: Sequence[Arrangement], **_: Any) -> np.ndarray:
-        mean = np.array([self.cost(np.array(one.ratios)) for one in arrangements])
-        return np.maximum(0, mean + self.noise * self.generator.normal(size=(self.count, len(mean))))
-
-    def forget_shared(self) -> None:
-        """Nothing is held."""
 
 
 @given(st.lists(st.floats(LEAST, 1.0), min_size=1, max_size=30))
@@ -90,21 +61,21 @@ def test_the_layers_that_keep_least_give_together() -> None:
 def test_layers_that_stand_in_for_each_other_are_not_both_given_up(plan: Plan) -> None:
     """Either layer 1 or layer 2 must keep a tenth; layer 3 wants little, layer 0 nothing."""
 
-    def cost(ratios: np.ndarray) -> float:
+    def cost(ratios: Ratios) -> float:
         found = max(ratios[1], 0.8 * ratios[2])
         return max(0.0, 0.15 - found) + max(0.0, 0.02 - ratios[3])
 
-    prompts: Any = Simulated(cost, noise=0.002)
+    prompts: Any = SimulatedPrompts(lambda one: cost(one.ratios), noise=0.002)
     path = measure_allocations(prompts, plan)
     assert [round(sum(ratios) / 4, 9) for ratios in path] == [*BUDGETS, 1.0]
-    assert cost(np.full(4, BUDGETS[0])) > 0.09
-    assert cost(np.array(path[0])) < 0.025
+    assert cost(BUDGETS[:1] * 4) > 0.09
+    assert cost(path[0]) < 0.025
 
 
 def test_transfers_begin_with_the_budgets_of_a_plan_that_was_measured(plan: Plan) -> None:
     start = ((0.005, 0.185, 0.005, 0.005), (0.1, 0.1, 0.1, 0.1), (1.0,) * 4)
     measured = with_allocations(plan, start, ("blind",), 2)
-    prompts: Any = Simulated(lambda _: 1.0)
+    prompts: Any = SimulatedPrompts(lambda _: 1.0)
     seen: list[tuple[int, int | None]] = []
     found = measure_allocations(prompts, measured, progress=lambda done, total: seen.append((done, total)))
     assert found[0] == pytest.approx(start[0])
@@ -113,7 +84,7 @@ def test_transfers_begin_with_the_budgets_of_a_plan_that_was_measured(plan: Plan
 
 
 def test_only_the_totals_asked_for_are_raced(plan: Plan) -> None:
-    prompts: Any = Simulated(lambda ratios: max(0.0, 0.2 - ratios[1]))
+    prompts: Any = SimulatedPrompts(lambda one: max(0.0, 0.2 - one.ratios[1]))
     first, second, *_ = measure_allocations(prompts, plan, BUDGETS[:1])
     assert first[1] > 2 * BUDGETS[0]
     assert second == pytest.approx([2 * ratio for ratio in first])

@@ -64,7 +64,9 @@ def test_held_prompts_cost_what_prefilled_ones_do(prompts: JointPrompts, plan: P
     assert np.array_equal(held, prompts.costs(asked)), "what was kept of earlier compressions changes nothing"
     assert held[:, 2] == pytest.approx(0.0, abs=2e-3)
     assert (held[:, 0] > held[:, 2]).all()
-    assert not np.array_equal(held, prompts.costs(asked, of="nats"))
+    nats = prompts.costs(asked, of=("nats",))
+    assert not np.array_equal(held, nats)
+    assert np.array_equal(prompts.costs(asked, of=("shift_bound", "nats")), np.concatenate([held, nats], axis=1))
 
 
 def test_a_cost_is_the_divergence_of_the_cache_that_a_run_would_make(model: LoadedModel, plan: Plan) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flowmm.profiler.racing import gains_of, improved, part_ends, survivors
+from flowmm.profiler.racing import gains_of, improved, part_ends, survivors, winner
 
 
 @pytest.mark.parametrize(
-    ("prompts", "ends"), [(1, (1,)), (7, (7,)), (8, (1, 2, 4, 8)), (19, (2, 4, 8, 19)), (64, (8, 16, 32, 64))]
+    ("prompts", "ends"), [(1, (1,)), (6, (6,)), (8, (4, 8)), (19, (4, 9, 19)), (160, (5, 10, 20, 40, 80, 160))]
 )
 def test_each_part_is_as_large_as_all_before_it(prompts: int, ends: tuple[int, ...]) -> None:
     assert part_ends(prompts) == ends
@@ -26,6 +26,24 @@ def test_the_best_third_goes_on_after_each_part() -> None:
     assert asked == [("a", [9, 4, 7, 1, 8, 2, 6]), ("b", [4, 1, 2]), ("c", [1])]
     assert left == [1]
     assert cost.tolist() == [[50.0, 1.0]] * 6
+
+
+def test_nothing_proposed_is_not_measured() -> None:
+    def measure(*_: object) -> np.ndarray:
+        raise AssertionError
+
+    assert winner([], ["a"], measure) is None
+
+
+def test_the_winner_is_the_best_of_those_that_hold() -> None:
+    own = np.array([10.0, 11.0, 12.0])
+    gains = {"little": 0.1, "most": 3.0, "less": 2.0}
+
+    def measure(part: slice, proposed: list[str]) -> np.ndarray:
+        return np.stack([own, *(own - gains[one] for one in proposed)], 1)[part]
+
+    assert winner(list(gains), [slice(0, 2), slice(2, 3)], measure) == "most"
+    assert winner(["little"], [slice(0, 3)], measure) is None
 
 
 def test_a_gain_holds_above_its_standard_error_and_a_twentieth_of_the_cost() -> None:
