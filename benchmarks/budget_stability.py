@@ -5,6 +5,9 @@ is the one that the plan was measured on; choices and budgets are measured once 
 prompts that come after it. Both plans are then compared: by how much the budgets differ at each total, and by what they
 cost on fresh prompts that neither has seen (a bound on how likely the next token is another one, and next-token KL).
 What the second plan's budgets cost together with the first one's choices tells budgets from choices.
+
+``--budgets-alone`` keeps the plan's choices and measures its joint budgets on either of two sets, from equal layers; it
+writes ``benchmarks/results/budget_stability_alone.json``.
 """
 
 from __future__ import annotations
@@ -20,21 +23,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowmm.models import load_model
+from flowmm.models import LoadedModel, load_model
 from flowmm.plans import Plan, resolve_plan
 from flowmm.profiler import load_calibration
 from flowmm.profiler.decisions import Budgets, measure_layers
+from flowmm.profiler.joint_budgets import measure_allocations, with_allocations
 from flowmm.profiler.joint_costs import Arrangement, JointPrompts
+from flowmm.profiler.samples import Sample
 from flowmm.runtime.measurements import environment
 
-RESULT = Path(__file__).with_name("results") / "budget_stability.json"
+RESULTS = Path(__file__).with_name("results")
 TOTALS = (0.05, 0.1, 0.2)
 SHARE = 0.1
 
 
-def remeasured(plan: Plan) -> Plan:
-    """`plan` with nothing of what was measured about its layers but rho."""
-    changes = {"curve": None, "choice": None, "budget": plan.method.budget}
+def remeasured(plan: Plan, *, keep_choices: bool = False) -> Plan:
+    """`plan` with nothing of what was measured about its layers but rho, or but rho and choices."""
+    changes: dict[str, Any] = {"curve": None, "budget": plan.method.budget}
+    if keep_choices:
+        layers = tuple(layer.model_copy(update=changes) for layer in plan.layers)
+        return Plan.loads(plan.model_copy(update={"layers": layers, "allocations": None, "budget_rule": None}).dumps())
+    changes["choice"] = None
     # Of a method that no choice was measured for: modes by rho.
     modes = plan.layer_modes(plan.method.model_copy(update={"n_sink": plan.method.n_sink + 1}))
     layers = tuple(
@@ -42,6 +51,19 @@ def remeasured(plan: Plan) -> Plan:
     )
     bare = plan.model_copy(update={"layers": layers, "sensitivity": None, "allocations": None, "budget_rule": None})
     return Plan.loads(bare.dumps())
+
+
+def measured_again(model: LoadedModel, plan: Plan, samples: Sequence[Sample], protocols: Sequence[str]) -> Plan:
+    """`plan` as its rules would have made it on these prompts."""
+    budgets: Budgets | None = "joint" if plan.allocations else "measured" if plan.layers[0].curve else None
+    choices = plan.sensitivity is not None and plan.sensitivity.budgets is not None
+    return measure_layers(model, remeasured(plan), samples, budgets=budgets, choices=choices, protocols=protocols)
+
+
+def reallocated(model: LoadedModel, bare: Plan, samples: Sequence[Sample], protocols: Sequence[str]) -> Plan:
+    """`bare` with the joint budgets that these prompts give its choices."""
+    prompts = JointPrompts.read(model, bare, samples, protocols=protocols, hold=True)
+    return with_allocations(bare, measure_allocations(prompts, bare), protocols, len(prompts))
 
 
 def described(plans: Sequence[Plan], cost: np.ndarray, divergence: np.ndarray, index: int) -> dict[str, Any]:
@@ -80,6 +102,7 @@ def main() -> None:
     parser.add_argument("--model", default="pocket")
     parser.add_argument("--plan", default="pocket", help="measured with --sensitivity-prompts of the same number")
     parser.add_argument("--prompts", type=int, default=32, help="of each set")
+    parser.add_argument("--budgets-alone", action="store_true", help="two sets' joint budgets with the plan's choices")
     parser.add_argument("--fresh", type=int, default=64, help="prompts that neither plan has seen")
     parser.add_argument("--second", type=Path, help="where the second plan is kept: read if it is there")
     parser.add_argument("--threads", type=int, default=1)
@@ -88,32 +111,26 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     plan = Plan.load(resolve_plan(arguments.plan))
     model = load_model(arguments.model, dtype="fp32" if plan.model.dtype == "float32" else "auto")
-    if plan.sensitivity is None or plan.sensitivity.n_samples != arguments.prompts:
+    if plan.sensitivity is None or (plan.sensitivity.n_samples != arguments.prompts and not arguments.budgets_alone):
         raise SystemExit(f"{arguments.plan}: expected a plan whose layers were measured on {arguments.prompts} prompts")
     seen = max(2 * arguments.prompts, plan.calibration.n_samples if plan.calibration else 0)
     seed = plan.calibration.seed if plan.calibration else 0
     samples = load_calibration("pocket", limit=seen + arguments.fresh, seed=seed)
-    budgets: Budgets | None = "joint" if plan.allocations else "measured" if plan.layers[0].curve else None
+    protocols = plan.sensitivity.protocols
     start = time.process_time()
     known = arguments.second is not None and arguments.second.exists()
-    if known:
-        other = Plan.load(arguments.second)
+    sets = [samples[place * arguments.prompts : (place + 1) * arguments.prompts] for place in (0, 1)]
+    if arguments.budgets_alone:
+        bare = remeasured(plan, keep_choices=True)
+        plans = [reallocated(model, bare, of, protocols) for of in sets]
     else:
-        other = measure_layers(
-            model,
-            remeasured(plan),
-            samples[arguments.prompts : 2 * arguments.prompts],
-            budgets=budgets,
-            choices=plan.sensitivity.budgets is not None,
-            protocols=plan.sensitivity.protocols,
-        )
-        if arguments.second is not None:
-            other.save(arguments.second)
+        plans = [plan, Plan.load(arguments.second) if known else measured_again(model, plan, sets[1], protocols)]
+        if arguments.second is not None and not known:
+            plans[1].save(arguments.second)
     seconds = time.process_time() - start
-    plans = [plan, other]
-    fresh = JointPrompts.read(model, plan, samples[seen:], protocols=plan.sensitivity.protocols, hold=True)
+    fresh = JointPrompts.read(model, plan, samples[seen:], protocols=protocols, hold=True)
     asked = [Arrangement.planned(each, total) for each in plans for total in TOTALS]
-    asked += [replace(Arrangement.planned(plan, total), ratios=other.layer_budgets(total)) for total in TOTALS]
+    asked += [replace(Arrangement.planned(plan, total), ratios=plans[1].layer_budgets(total)) for total in TOTALS]
     both = fresh.costs(asked, of=("shift_bound", "nats")).reshape(len(fresh), 2, -1, len(TOTALS))
     cost, divergence = both[:, 0], both[:, 1]
     result = {
@@ -122,11 +139,12 @@ def main() -> None:
         "plan": plan.short_id,
         "prompts_per_set": arguments.prompts,
         "fresh_prompts": len(fresh),
-        "cpu_seconds_of_second_set": None if known else round(seconds, 1),
+        "cpu_seconds": None if known else round(seconds, 1),
         "choices": [[str(layer.choice) if layer.choice else None for layer in each.layers] for each in plans],
         "totals": [described(plans, cost, divergence, index) for index in range(len(TOTALS))],
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    result_file = RESULTS / f"budget_stability{'_alone' if arguments.budgets_alone else ''}.json"
+    result_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({"choices": result["choices"], "totals": result["totals"]}, indent=2))
 
 

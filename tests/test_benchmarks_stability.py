@@ -30,6 +30,14 @@ def test_a_second_measurement_starts_from_nothing_but_rho(plan: Plan) -> None:
     assert bare.layers[2].rho == plan.layers[2].rho
 
 
+def test_budgets_alone_are_measured_with_the_plans_choices(plan: Plan) -> None:
+    bare = remeasured(plan, keep_choices=True)
+    assert bare.allocations is None
+    assert any(layer.choice for layer in bare.layers)
+    assert [layer.choice for layer in bare.layers] == [layer.choice for layer in plan.layers]
+    assert bare.layer_budgets(0.05) == pytest.approx([0.05] * 6)
+
+
 def test_stable_is_near_in_shares_or_near_in_score(plan: Plan) -> None:
     noise = np.random.default_rng(0)
     cost = noise.exponential(1.0, (50, 1, len(TOTALS))).repeat(3, axis=1)
