@@ -37,20 +37,22 @@ TOTALS = (0.05, 0.1, 0.2)
 SHARE = 0.1
 
 
-def remeasured(plan: Plan, *, keep_choices: bool = False) -> Plan:
-    """`plan` with nothing of what was measured about its layers but rho, or but rho and choices."""
-    changes: dict[str, Any] = {"curve": None, "budget": plan.method.budget}
-    if keep_choices:
-        layers = tuple(layer.model_copy(update=changes) for layer in plan.layers)
-        return Plan.loads(plan.model_copy(update={"layers": layers, "allocations": None, "budget_rule": None}).dumps())
-    changes["choice"] = None
+def without_budgets(plan: Plan) -> Plan:
+    """`plan` with nothing of what was measured about its layers but rho and choices."""
+    changes = {"curve": None, "budget": plan.method.budget}
+    layers = tuple(layer.model_copy(update=changes) for layer in plan.layers)
+    return Plan.loads(plan.model_copy(update={"layers": layers, "allocations": None, "budget_rule": None}).dumps())
+
+
+def remeasured(plan: Plan) -> Plan:
+    """`plan` with nothing of what was measured about its layers but rho."""
+    bare = without_budgets(plan)
     # Of a method that no choice was measured for: modes by rho.
     modes = plan.layer_modes(plan.method.model_copy(update={"n_sink": plan.method.n_sink + 1}))
     layers = tuple(
-        layer.model_copy(update=changes | {"mode": mode}) for layer, mode in zip(plan.layers, modes, strict=True)
+        layer.model_copy(update={"choice": None, "mode": mode}) for layer, mode in zip(bare.layers, modes, strict=True)
     )
-    bare = plan.model_copy(update={"layers": layers, "sensitivity": None, "allocations": None, "budget_rule": None})
-    return Plan.loads(bare.dumps())
+    return Plan.loads(bare.model_copy(update={"layers": layers, "sensitivity": None}).dumps())
 
 
 def measured_again(model: LoadedModel, plan: Plan, samples: Sequence[Sample], protocols: Sequence[str]) -> Plan:
@@ -121,7 +123,7 @@ def main() -> None:
     known = arguments.second is not None and arguments.second.exists()
     sets = [samples[place * arguments.prompts : (place + 1) * arguments.prompts] for place in (0, 1)]
     if arguments.budgets_alone:
-        bare = remeasured(plan, keep_choices=True)
+        bare = without_budgets(plan)
         plans = [reallocated(model, bare, of, protocols) for of in sets]
     else:
         plans = [plan, Plan.load(arguments.second) if known else measured_again(model, plan, sets[1], protocols)]

@@ -76,10 +76,8 @@ class Package:
             inputs: ids, positions, and the cache's :func:`flat_buffers`, which then hold the token.
         """
         with self._lock:
-            if addresses is not self._addresses:
-                if addresses != self._addresses:
-                    self._give(weights)
-                self._addresses = addresses
+            if addresses != self._addresses:
+                self._give(weights)
             return self._run(inputs)[0]
 
 

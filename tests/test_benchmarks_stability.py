@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flowmm.benchmarks.budget_stability import TOTALS, described, remeasured
+from flowmm.benchmarks.budget_stability import TOTALS, described, remeasured, without_budgets
 from flowmm.plans import Plan, resolve_plan
 from flowmm.plans.choices import LayerChoice
 
@@ -31,7 +31,7 @@ def test_a_second_measurement_starts_from_nothing_but_rho(plan: Plan) -> None:
 
 
 def test_budgets_alone_are_measured_with_the_plans_choices(plan: Plan) -> None:
-    bare = remeasured(plan, keep_choices=True)
+    bare = without_budgets(plan)
     assert bare.allocations is None
     assert any(layer.choice for layer in bare.layers)
     assert [layer.choice for layer in bare.layers] == [layer.choice for layer in plan.layers]
