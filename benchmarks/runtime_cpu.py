@@ -1,6 +1,6 @@
 """What the runtime costs and saves on a CPU: every committed ``results/runtime_cpu_*.json``, one part after another.
 
-``python benchmarks/runtime_cpu.py`` takes about a quarter of an hour on two idle cores; ``--part NAME`` measures one of
+``python benchmarks/runtime_cpu.py`` takes about half an hour on two idle cores; ``--part NAME`` measures one of
 the parts, ``--print`` shows what is committed. Nothing else should run on the machine.
 Freed memory stays with the process, because pages that come and go blur prefills by more than what is compared.
 """
@@ -37,6 +37,8 @@ PARTS = {
         Settings(("dynamic", "static", "flowmm"), (0.05, 0.2, 0.6, 1.0), rounds=5, new_tokens=48),
     ),
     "long": Part(((8192, 1),), Settings(OURS, (0.2, 1.0), rounds=3, new_tokens=48)),
+    # Of prefills alone more rounds, because they scatter by more than what is compared; 1.0 is the control.
+    "prefill": Part(((4096, 1), (8192, 1)), Settings(OURS, (0.2, 1.0), rounds=15, new_tokens=4)),
     "batch": Part(((1024, 4), (1024, 16), (4096, 4)), Settings(OURS, (0.2,), rounds=2, new_tokens=24)),
     "compiled": Part(
         ((4096, 1), (8192, 1)),
@@ -57,6 +59,7 @@ def main() -> None:
     parser.add_argument("--note", default="")
     parser.add_argument("--print", action="store_true", help="measure nothing; show what OUT holds")
     arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
     kept = "freed memory kept" if keep_freed_memory() else ""
     note = "; ".join(filter(None, (arguments.note, kept)))

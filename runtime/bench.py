@@ -1,7 +1,7 @@
 """Side-by-side measurements of prefill, decoding and memory: interleaved runs, medians with their spread.
 
-Caches are compared on one model and one prompt. Prefills run in turns, and decoding goes on token by token in turns, so
-that other load on the machine falls on all alike; ratios are medians over pairs taken side by side.
+Caches are compared on one model and one prompt. Prefills run in turns, and decoding goes on a few tokens at a time in
+turns, so that other load on the machine falls on all alike; ratios are medians over pairs taken side by side.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from flowmm.runtime.static_cache import StaticFlowCache
 from flowmm.runtime.token_code import TokenCall
 
 WARM_UP_TOKENS = 3
+# Tokens of one cache in a row: most of them then find the processor's caches as an answer's own tokens leave them.
+STRETCH = 4
 
 BASELINE: CacheKind = "dynamic"
 FIXED_SHAPE = ("static", "flowmm-static")
@@ -218,7 +220,7 @@ def _decode_in_turns(
     settings: Settings,
     bandwidth: Bandwidth,
 ) -> list[float]:
-    """Decode; returns the bandwidth beside each token."""
+    """Decode; returns the bandwidth beside each token that counts."""
 
     def pick(kwargs: dict[str, Any]) -> FlowCache | None:
         cache = kwargs.get("past_key_values")
@@ -237,26 +239,31 @@ def _decode_in_turns(
         position = (position + offsets).expand(3, batch, 1)
     with attached(model, pick), _many_graphs():
         calls = _token_calls(model, contestants)
-        for step in range(settings.new_tokens + WARM_UP_TOKENS):
-            for contestant in _rotated(contestants, step):
-                call = calls[id(contestant)]
-                if call is not model:
-                    # What an earlier graph left may be overwritten; otherwise every order of graphs is recorded anew.
-                    torch.compiler.cudagraph_mark_step_begin()
-                wait_for(model.device)
-                start, start_cpu = time.perf_counter(), time.process_time()
-                output = call(input_ids=contestant.next, position_ids=position + step, past_key_values=contestant.cache)
-                contestant.next = output.logits[:, -1:].argmax(-1)
-                wait_for(model.device)
-                seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
-                if step >= WARM_UP_TOKENS:
-                    contestant.tokens.append(seconds)
-                    contestant.tokens_cpu.append(cpu_seconds)
-                elif step == 0:
-                    contestant.first_token_s = seconds
-            if step >= WARM_UP_TOKENS:
-                reads.append(bandwidth.read())
+        for begin in range(0, settings.new_tokens + WARM_UP_TOKENS, STRETCH):
+            steps = range(begin, min(begin + STRETCH, settings.new_tokens + WARM_UP_TOKENS))
+            for contestant in _rotated(contestants, begin // STRETCH):
+                for step in steps:
+                    _decode(model, calls[id(contestant)], contestant, position, step)
+            reads += [bandwidth.read() for step in steps if step >= WARM_UP_TOKENS]
     return reads
+
+
+def _decode(model: Any, call: Callable[..., Any], contestant: _Contestant, prompt_end: Tensor, step: int) -> None:
+    """Time a token, the `step`-th after the prompt's first."""
+    if call is not model:
+        # What an earlier graph left may be overwritten; otherwise every order of graphs is recorded anew.
+        torch.compiler.cudagraph_mark_step_begin()
+    wait_for(model.device)
+    start, start_cpu = time.perf_counter(), time.process_time()
+    output = call(input_ids=contestant.next, position_ids=prompt_end + step, past_key_values=contestant.cache)
+    contestant.next = output.logits[:, -1:].argmax(-1)
+    wait_for(model.device)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
+    if step >= WARM_UP_TOKENS:
+        contestant.tokens.append(seconds)
+        contestant.tokens_cpu.append(cpu_seconds)
+    elif step == 0:
+        contestant.first_token_s = seconds
 
 
 def _token_calls(model: Any, contestants: Sequence[_Contestant]) -> dict[int, Callable[..., Any]]:

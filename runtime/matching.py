@@ -203,10 +203,13 @@ def _nearest_of_all(
     entries = torch.nn.functional.pad(evicted_keys, (0, 2, 0, count * size - length))
     entries[:, :, :length, dim].copy_(evicted_class == 0)
     entries[:, :, :length, dim + 1].copy_(evicted_class == 1)
-    blocks = entries.unflatten(2, (count, size)).unbind(2)
-    best = [_best_in_rows(block @ pivots) for block in blocks]
-    similarity = torch.cat([values for values, _ in best], 2)[:, :, :length]
-    target = torch.cat([indices for _, indices in best], 2)[:, :, :length]
+    # Heads in one dimension: a compiler takes products of matrices in more of them apart, block by block.
+    heads = evicted_keys.shape[:2]
+    blocks = entries.flatten(0, 1).unflatten(1, (count, size)).unbind(1)
+    flat = pivots.flatten(0, 1)
+    best = [_best_in_rows(torch.bmm(block, flat)) for block in blocks]
+    similarity = torch.cat([values for values, _ in best], 1)[:, :length].unflatten(0, heads)
+    target = torch.cat([indices for _, indices in best], 1)[:, :length].unflatten(0, heads)
     found = allowed & (similarity > FORBIDDEN / 2)
     return torch.where(found, target, NO_TARGET), similarity.masked_fill(~found, float("-inf"))
 
@@ -221,12 +224,12 @@ def _best_in_rows(products: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(evicted: int, kept: int, dim: int) -> int:
-    """Blocks of entries, so many that the products of one take no more memory than the keys of all entries.
+    """Blocks of entries, so many that the products of one take no more memory than keys and values of all entries.
 
     A power of 4 times 16: compiled code is made for a number of blocks, and serves prompts of many lengths.
     """
     count = 16
-    while evicted * kept > count * dim * (evicted + kept):
+    while evicted * kept > count * 2 * dim * (evicted + kept):
         count *= 4
     return count
 

@@ -61,7 +61,7 @@ class Row:
         compile_prefill_s, compile_token_s: what the first call took beyond a later one; None: not compiled.
         roofline_s: bytes that a token must read over the best bandwidth seen, see :mod:`flowmm.runtime.roofline`.
         roofline_ratio: `token_s` over `roofline_s`.
-        roofline_paired: the same, each token against a read that was timed right beside it.
+        roofline_paired: the same, each token against a read that was timed with its turn.
     """
 
     tokens: int
