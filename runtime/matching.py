@@ -18,6 +18,8 @@ NO_TARGET = -1
 FORBIDDEN = -8.0
 # On a CPU, numpy finds maxima about seven times as fast as one thread of torch, but knows no threads.
 NUMPY_THREADS = 6
+# There, products of entries and pivots are taken in pieces that stay near a core's cache until their maxima are found.
+PRODUCTS_AT_A_TIME = 2**19
 
 
 class MatchingRules(Protocol):
@@ -167,8 +169,6 @@ def _nearest_in_groups(
     """
     target = torch.full_like(evicted_class, NO_TARGET)
     similarity = torch.full(target.shape, float("-inf"), dtype=evicted_keys.dtype)
-    count = _blocks(evicted_keys.shape[2], pivot_keys.shape[2], pivot_keys.shape[3])
-    size = evicted_keys.shape[2] * len(evicted_keys) * evicted_keys.shape[1] // count + 1
     for row, head in itertools.product(*map(range, evicted_keys.shape[:2])):
         here = row, head
         text, visual = admissible[here]
@@ -181,7 +181,7 @@ def _nearest_in_groups(
             if len(entries) == 0 or len(slots) == 0:
                 continue
             pivots = pivot_keys[here].index_select(0, slots).T
-            for block in entries.split(size):
+            for block in entries.split(max(64, PRODUCTS_AT_A_TIME // len(slots))):
                 values, places = _best_in_rows(evicted_keys[here].index_select(0, block) @ pivots)
                 target[here].index_copy_(0, block, slots.index_select(0, places))
                 similarity[here].index_copy_(0, block, values)

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowmm.plans import MethodParameters
 from flowmm.plans.method import MERGE_OPERATORS
+from flowmm.runtime import matching
 from flowmm.runtime.budgets import entry_budget, layer_entries
 from flowmm.runtime.compression import compress_layer, forced_entries
 from flowmm.runtime.importance import proxy_importance, rows_attention
@@ -138,11 +139,13 @@ def test_blocked_matching_equals_the_dense_argmax(
     torch.testing.assert_close(similarity, best.values.masked_fill(none, float("-inf")))
 
 
-def test_matching_runs_in_several_blocks() -> None:
+@pytest.mark.parametrize("nearest", [nearest_pivot, _nearest_of_all])
+def test_matching_runs_in_several_blocks(nearest: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matching, "PRODUCTS_AT_A_TIME", 300 * 100)
     left, right = unit_rows(torch.randn(1, 1, 500, 4)), unit_rows(torch.randn(1, 1, 300, 4))
     everything = torch.ones(1, 1, 2, 300, dtype=torch.bool)
     classes = torch.zeros(1, 1, 500, dtype=torch.long)
-    target, _ = nearest_pivot(left, right, everything, classes, torch.ones_like(classes, dtype=torch.bool))
+    target, _ = nearest(left, right, everything, classes, torch.ones_like(classes, dtype=torch.bool))
     assert torch.equal(target, (left @ right.transpose(-1, -2)).argmax(-1))
 
 
