@@ -6,8 +6,8 @@ prompts that come after it. Both plans are then compared: by how much the budget
 cost on fresh prompts that neither has seen (a bound on how likely the next token is another one, and next-token KL).
 What the second plan's budgets cost together with the first one's choices tells budgets from choices.
 
-``--budgets-alone`` keeps the plan's choices and measures its joint budgets on either of two sets, from equal layers; it
-writes ``benchmarks/results/budget_stability_alone.json``.
+``--budgets-alone RULE`` keeps the plan's choices and measures budgets on either of two sets, from equal layers: joint
+ones, or from sensitivity curves of one layer at a time. It writes ``benchmarks/results/budget_stability_RULE.json``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from flowmm.models import LoadedModel, load_model
 from flowmm.plans import Plan, resolve_plan
 from flowmm.profiler import load_calibration
 from flowmm.profiler.decisions import Budgets, measure_layers
-from flowmm.profiler.joint_budgets import measure_allocations, with_allocations
 from flowmm.profiler.joint_costs import Arrangement, JointPrompts
 from flowmm.profiler.samples import Sample
 from flowmm.runtime.measurements import environment
@@ -62,10 +61,11 @@ def measured_again(model: LoadedModel, plan: Plan, samples: Sequence[Sample], pr
     return measure_layers(model, remeasured(plan), samples, budgets=budgets, choices=choices, protocols=protocols)
 
 
-def reallocated(model: LoadedModel, bare: Plan, samples: Sequence[Sample], protocols: Sequence[str]) -> Plan:
-    """`bare` with the joint budgets that these prompts give its choices."""
-    prompts = JointPrompts.read(model, bare, samples, protocols=protocols, hold=True)
-    return with_allocations(bare, measure_allocations(prompts, bare), protocols, len(prompts))
+def reallocated(
+    model: LoadedModel, bare: Plan, samples: Sequence[Sample], protocols: Sequence[str], rule: Budgets
+) -> Plan:
+    """`bare` with the budgets that these prompts give its choices."""
+    return measure_layers(model, bare, samples, budgets=rule, choices=False, protocols=protocols)
 
 
 def described(plans: Sequence[Plan], cost: np.ndarray, divergence: np.ndarray, index: int) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--model", default="pocket")
     parser.add_argument("--plan", default="pocket", help="measured with --sensitivity-prompts of the same number")
     parser.add_argument("--prompts", type=int, default=32, help="of each set")
-    parser.add_argument("--budgets-alone", action="store_true", help="two sets' joint budgets with the plan's choices")
+    parser.add_argument("--budgets-alone", choices=get_args(Budgets), help="two sets' budgets with the plan's choices")
     parser.add_argument("--fresh", type=int, default=64, help="prompts that neither plan has seen")
     parser.add_argument("--second", type=Path, help="where the second plan is kept: read if it is there")
     parser.add_argument("--threads", type=int, default=1)
@@ -124,7 +124,7 @@ def main() -> None:
     sets = [samples[place * arguments.prompts : (place + 1) * arguments.prompts] for place in (0, 1)]
     if arguments.budgets_alone:
         bare = without_budgets(plan)
-        plans = [reallocated(model, bare, of, protocols) for of in sets]
+        plans = [reallocated(model, bare, of, protocols, arguments.budgets_alone) for of in sets]
     else:
         plans = [plan, Plan.load(arguments.second) if known else measured_again(model, plan, sets[1], protocols)]
         if arguments.second is not None and not known:
@@ -145,7 +145,8 @@ def main() -> None:
         "choices": [[str(layer.choice) if layer.choice else None for layer in each.layers] for each in plans],
         "totals": [described(plans, cost, divergence, index) for index in range(len(TOTALS))],
     }
-    result_file = RESULTS / f"budget_stability{'_alone' if arguments.budgets_alone else ''}.json"
+    suffix = f"_{arguments.budgets_alone}" if arguments.budgets_alone else ""
+    result_file = RESULTS / f"budget_stability{suffix}.json"
     result_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({"choices": result["choices"], "totals": result["totals"]}, indent=2))
 

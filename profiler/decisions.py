@@ -5,8 +5,8 @@ neighbouring layers other parameters while all layers keep what the plan's budge
 
 The rule against noise: proposals are made on one half of the prompts and must hold on the other. They race on the
 first half at the smallest of :data:`BUDGETS` (:mod:`flowmm.profiler.racing`). The best :data:`PROPOSED` of those that
-then gain more than a standard error are measured at all budgets on the second half; of those that gain more than a
-standard error there, the one with the largest gain is taken. A gain of less than a twentieth of the cost is none.
+then gain more than a standard error race at all budgets on the second half; of those that gain more than a standard
+error there, the one with the largest gain is taken. A gain of less than a twentieth of the cost is none.
 Further races go on from there, until two in a row find nothing. At last every layer whose choice does not lower the
 cost over all prompts goes back to the method's parameters.
 """
@@ -152,7 +152,7 @@ def _better(asked: _Asked, prompts: JointPrompts, number: int, plan: Plan, state
     def measure(part: JointPrompts, states: Sequence[State]) -> np.ndarray:
         return _over_budgets(asked, part, plan, [state, *states])
 
-    return winner(short, [second], measure)
+    return winner(short, second.parts(part_ends(len(second))), measure)
 
 
 def _promising(asked: _Asked, prompts: JointPrompts, plan: Plan, state: State) -> list[State]:

@@ -7,10 +7,8 @@ from typing import TypeVar
 
 import numpy as np
 
-# The first part of the prompts is one in so many: a power of two.
-FIRST_PART = 8
-# Fewer prompts than this measure all proposals.
-FEWEST_TO_RACE = 8
+# All proposals are measured on no more prompts than this.
+FIRST_PART = 6
 # Of the proposals, after each part but the last, the best one in so many stay.
 ONE_IN = 3
 # A race without a winner is run once more, on the prompts in another order: the first few lose some that are good.
@@ -42,11 +40,12 @@ def improved(state: State, race: Callable[[State, int], State | None], races: in
 def part_ends(prompts: int) -> tuple[int, ...]:
     """Where the parts of so many prompts end: each part but the first is as large as all before it, or a little larger.
 
-    With fewer than :data:`FEWEST_TO_RACE` prompts there is one part.
+    More prompts make more parts, so that they cost little: few proposals get as far as the last ones.
     """
-    if prompts < FEWEST_TO_RACE:
-        return (prompts,)
-    return (*(prompts // FIRST_PART << turn for turn in range(FIRST_PART.bit_length() - 1)), prompts)
+    ends = [prompts]
+    while ends[-1] > FIRST_PART:
+        ends.append(ends[-1] // 2)
+    return tuple(reversed(ends))
 
 
 def survivors(

@@ -43,7 +43,7 @@ from flowmm.runtime.settings import CompressionSettings
 RATIOS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.65)
 # At most so many tokens of the full cache's own answer are what a compressed cache is compared on.
 ANSWER_TOKENS = 4
-# Caches decoded together: more rows save forward calls, and take more memory.
+# Rows decoded together, each a cache and an answer: more of them save forward calls, and take more memory.
 ROWS_PER_BATCH = 16
 MIXED = ("aware", "blind")
 
@@ -134,6 +134,12 @@ class Answer:
     places: Tensor
     wanted: Tensor
 
+    @property
+    def asked(self) -> range:
+        """Where in `forced` the wanted logits are given."""
+        end = self.forced.shape[1]
+        return range(end - self.wanted.shape[1], end)
+
     @classmethod
     def of(cls, host: Any, full: Callable[[], FlowCache], continuation: Tensor, first: Tensor) -> Answer:
         """Use inside :func:`reading_caches`; `full` makes a full cache, `first` ``[3, 1, 1]`` is where it goes on."""
@@ -187,12 +193,32 @@ class Reading:
 
     def divergence(self, caches: Sequence[FlowCache]) -> Tensor:
         """``[caches, T]``: KL(full || compressed) in nats of all answers' tokens. Use inside :func:`reading_caches`."""
-        return torch.cat([self._divergence(caches, answer) for answer in self.answers], dim=1)
+        at_a_time = max(1, ROWS_PER_BATCH // len(caches))
+        groups = (self.answers[start : start + at_a_time] for start in range(0, len(self.answers), at_a_time))
+        return torch.cat([self._divergence(caches, answers) for answers in groups], dim=1)
 
-    def _divergence(self, caches: Sequence[FlowCache], answer: Answer) -> Tensor:
-        forced = answer.forced.expand(len(caches), -1)
-        logits = feed(self.host, FlowCache.stack(caches), forced, answer.places, keep=answer.wanted.shape[1])
-        return divergence(answer.wanted, logits)
+    def _divergence(self, caches: Sequence[FlowCache], answers: Sequence[Answer]) -> Tensor:
+        """`divergence` of some answers, fed in one call."""
+        longest = max((answer.places for answer in answers), key=lambda places: places.shape[-1])
+        # What stands behind an answer's last token is seen by none of its own.
+        forced = [_lengthened(answer.forced, longest.shape[-1]).expand(len(caches), -1) for answer in answers]
+        kept = sorted({place for answer in answers for place in answer.asked})
+        stacked = FlowCache.stack([*caches] * len(answers))
+        logits = feed(self.host, stacked, torch.cat(forced), longest, keep=torch.tensor(kept, device=longest.device))
+        parts = logits.unflatten(0, (len(answers), len(caches)))
+        columns = [[kept.index(place) for place in answer.asked] for answer in answers]
+        return torch.cat(
+            [
+                divergence(answer.wanted, part[:, asked])
+                for answer, part, asked in zip(answers, parts, columns, strict=True)
+            ],
+            dim=1,
+        )
+
+
+def _lengthened(ids: Tensor, length: int) -> Tensor:
+    """``[1, n]`` ids with the last one repeated up to `length`."""
+    return torch.cat([ids, ids[:, -1:].expand(-1, length - ids.shape[1])], dim=1)
 
 
 @dataclass(frozen=True)

@@ -263,8 +263,12 @@ def reading_caches(model: Any) -> Generator[None]:
 
 
 @torch.no_grad()
-def feed(model: Any, cache: FlowCache, ids: Tensor, positions: Tensor, keep: int = 1) -> Tensor:
-    """Logits ``[R, keep, V]`` fp32 of the last `keep` of the tokens `ids` ``[R, q]`` at `positions` ``[3, 1, q]``."""
+def feed(model: Any, cache: FlowCache, ids: Tensor, positions: Tensor, keep: int | Tensor = 1) -> Tensor:
+    """Logits ``[R, K, V]`` fp32 of tokens `ids` ``[R, q]`` at `positions` ``[3, 1, q]``.
+
+    Args:
+        keep: the last so many of the tokens, or the places of those that are wanted, ``[K]`` long.
+    """
     rows = ids.shape[0]
     output = model(
         input_ids=ids, position_ids=positions.expand(3, rows, -1), past_key_values=cache, logits_to_keep=keep

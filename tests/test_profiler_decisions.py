@@ -109,7 +109,7 @@ def test_what_holds_on_both_halves_is_chosen_also_where_layers_must_change_toget
         assert choice.cost[1] < choice.cost[0]
 
 
-@pytest.mark.parametrize(("prompts", "shares"), [(7, (1,)), (8, (1, 1 / 3, 1 / 9, 1 / 27))])
+@pytest.mark.parametrize(("prompts", "shares"), [(6, (1,)), (24, (1, 1 / 3, 1 / 9))])
 def test_proposals_race_on_the_proposing_prompts(
     plan: Plan, prompts: int, shares: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

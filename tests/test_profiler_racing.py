@@ -9,7 +9,7 @@ from flowmm.profiler.racing import gains_of, improved, part_ends, survivors, win
 
 
 @pytest.mark.parametrize(
-    ("prompts", "ends"), [(1, (1,)), (7, (7,)), (8, (1, 2, 4, 8)), (19, (2, 4, 8, 19)), (64, (8, 16, 32, 64))]
+    ("prompts", "ends"), [(1, (1,)), (6, (6,)), (8, (4, 8)), (19, (4, 9, 19)), (160, (5, 10, 20, 40, 80, 160))]
 )
 def test_each_part_is_as_large_as_all_before_it(prompts: int, ends: tuple[int, ...]) -> None:
     assert part_ends(prompts) == ends

@@ -7,15 +7,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_checkpoint import tiny_image, write_checkpoint
 
 import flowmm
 from flowmm.errors import InputError
 from flowmm.models import LoadedModel, load_model
 from flowmm.plans import MethodParameters, Plan, unprofiled_plan
-from flowmm.profiler import load_calibration
+from flowmm.profiler import load_calibration, sensitivity
 from flowmm.profiler.samples import CalibrationSample
-from flowmm.profiler.sensitivity import Sensitivity, blind, measure_sensitivity, with_measured_budgets
+from flowmm.profiler.sensitivity import (
+    Reading,
+    Sensitivity,
+    blind,
+    measure_sensitivity,
+    trials_of,
+    with_measured_budgets,
+)
+from flowmm.runtime.replay import reading_caches
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +70,26 @@ def test_one_layer_alone_is_compressed(model: LoadedModel, plan: Plan, monkeypat
         full = max(counts)
         assert counts[layer] == int(0.1 * full)
         assert all(count == full for other, count in enumerate(counts) if other != layer)
+
+
+def test_questions_fed_together_are_answered_as_one_by_one(
+    model: LoadedModel, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = load_calibration("pocket", limit=1)[0]
+    (trial,) = trials_of(model, sample, ("blind",))
+    reading = Reading.of(model, plan, trial)
+    lengths = {answer.forced.shape[1] for answer in reading.answers}
+    assert len(reading.answers) > 2 < sum(answer.wanted.shape[1] for answer in reading.answers)
+    assert len(lengths) > 1, "or nothing is fed behind a shorter one"
+
+    def measured() -> torch.Tensor:
+        with reading_caches(model.model), torch.no_grad():
+            return reading.divergence([reading.cache(settings) for settings in compressions])
+
+    compressions = [reading.prefilled.settings(plan, plan.method, budget) for budget in (0.05, 0.2)]
+    together = measured()
+    monkeypatch.setattr(sensitivity, "ROWS_PER_BATCH", 1)
+    torch.testing.assert_close(together, measured(), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("protocol", ["aware", "blind"])
