@@ -61,13 +61,6 @@ def measured_again(model: LoadedModel, plan: Plan, samples: Sequence[Sample], pr
     return measure_layers(model, remeasured(plan), samples, budgets=budgets, choices=choices, protocols=protocols)
 
 
-def reallocated(
-    model: LoadedModel, bare: Plan, samples: Sequence[Sample], protocols: Sequence[str], rule: Budgets
-) -> Plan:
-    """`bare` with the budgets that these prompts give its choices."""
-    return measure_layers(model, bare, samples, budgets=rule, choices=False, protocols=protocols)
-
-
 def described(plans: Sequence[Plan], cost: np.ndarray, divergence: np.ndarray, index: int) -> dict[str, Any]:
     """One total; `cost` and `divergence` are ``[fresh prompts, arrangements, totals]``.
 
@@ -123,8 +116,8 @@ def main() -> None:
     known = arguments.second is not None and arguments.second.exists()
     sets = [samples[place * arguments.prompts : (place + 1) * arguments.prompts] for place in (0, 1)]
     if arguments.budgets_alone:
-        bare = without_budgets(plan)
-        plans = [reallocated(model, bare, of, protocols, arguments.budgets_alone) for of in sets]
+        bare, rule = without_budgets(plan), arguments.budgets_alone
+        plans = [measure_layers(model, bare, of, budgets=rule, choices=False, protocols=protocols) for of in sets]
     else:
         plans = [plan, Plan.load(arguments.second) if known else measured_again(model, plan, sets[1], protocols)]
         if arguments.second is not None and not known:

@@ -26,9 +26,8 @@ from flowmm.profiler import load_calibration
 from flowmm.profiler.joint_costs import Arrangement
 from flowmm.profiler.samples import CalibrationSample
 from flowmm.profiler.sensitivity import MIXED, ROWS_PER_BATCH, Reading, trials_of
-from flowmm.runtime.cache import FlowCache
 from flowmm.runtime.measurements import environment
-from flowmm.runtime.replay import feed, reading_caches
+from flowmm.runtime.replay import reading_caches
 
 RESULT = Path(__file__).with_name("results") / "plan_answers.json"
 # Each needs a prefill of its own in `aware`.
@@ -60,12 +59,9 @@ def changed(reading: Reading, arrangements: Sequence[Arrangement]) -> np.ndarray
         for start in range(0, len(arrangements), ROWS_PER_BATCH):
             batch = arrangements[start : start + ROWS_PER_BATCH]
             caches = [reading.cache(one.settings(reading.modes)) for one in batch]
-            for_each = []
-            for answer in reading.answers:
-                forced, keep = answer.forced.expand(len(caches), -1), answer.wanted.shape[1]
-                logits = feed(reading.host, FlowCache.stack(caches), forced, answer.places, keep=keep)
-                for_each.append((logits.argmax(-1) != answer.wanted.argmax(-1)).any(-1))
-            found.append(torch.stack(for_each))
+            fed = zip(reading.answers, reading.logits(caches), strict=True)
+            others = [(logits.argmax(-1) != answer.wanted.argmax(-1)).any(-1) for answer, logits in fed]
+            found.append(torch.stack(others))
     return torch.cat(found, dim=1).cpu().numpy()
 
 

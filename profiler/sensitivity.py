@@ -193,27 +193,24 @@ class Reading:
 
     def divergence(self, caches: Sequence[FlowCache]) -> Tensor:
         """``[caches, T]``: KL(full || compressed) in nats of all answers' tokens. Use inside :func:`reading_caches`."""
-        at_a_time = max(1, ROWS_PER_BATCH // len(caches))
-        groups = (self.answers[start : start + at_a_time] for start in range(0, len(self.answers), at_a_time))
-        return torch.cat([self._divergence(caches, answers) for answers in groups], dim=1)
+        fed = zip(self.answers, self.logits(caches), strict=True)
+        return torch.cat([divergence(answer.wanted, logits) for answer, logits in fed], dim=1)
 
-    def _divergence(self, caches: Sequence[FlowCache], answers: Sequence[Answer]) -> Tensor:
-        """`divergence` of some answers, fed in one call."""
+    def logits(self, caches: Sequence[FlowCache]) -> Iterator[Tensor]:
+        """Of each answer in turn, ``[caches, T, V]`` fp32 at its tokens. Use inside :func:`reading_caches`."""
+        at_a_time = max(1, ROWS_PER_BATCH // len(caches))
+        for start in range(0, len(self.answers), at_a_time):
+            yield from self._fed_together(caches, self.answers[start : start + at_a_time])
+
+    def _fed_together(self, caches: Sequence[FlowCache], answers: Sequence[Answer]) -> Iterator[Tensor]:
         longest = max((answer.places for answer in answers), key=lambda places: places.shape[-1])
         # What stands behind an answer's last token is seen by none of its own.
         forced = [_lengthened(answer.forced, longest.shape[-1]).expand(len(caches), -1) for answer in answers]
         kept = sorted({place for answer in answers for place in answer.asked})
         stacked = FlowCache.stack([*caches] * len(answers))
         logits = feed(self.host, stacked, torch.cat(forced), longest, keep=torch.tensor(kept, device=longest.device))
-        parts = logits.unflatten(0, (len(answers), len(caches)))
-        columns = [[kept.index(place) for place in answer.asked] for answer in answers]
-        return torch.cat(
-            [
-                divergence(answer.wanted, part[:, asked])
-                for answer, part, asked in zip(answers, parts, columns, strict=True)
-            ],
-            dim=1,
-        )
+        for answer, part in zip(answers, logits.unflatten(0, (len(answers), len(caches))), strict=True):
+            yield part[:, [kept.index(place) for place in answer.asked]]
 
 
 def _lengthened(ids: Tensor, length: int) -> Tensor:
