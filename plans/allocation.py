@@ -72,10 +72,9 @@ def along_path(path: Sequence[Sequence[float]], ratio: float) -> tuple[float, ..
 
 
 def lower_hull(curve: Curve) -> list[tuple[float, float]]:
-    """Points of the lower convex hull, by rising ratio, ending at ratio 1 with cost 0."""
-    points = sorted({ratio: cost for ratio, cost in curve if ratio < 1}.items())
+    """Points of a curve's lower convex hull; the curve's ratios rise."""
     hull: list[tuple[float, float]] = []
-    for point in [*points, (1.0, 0.0)]:
+    for point in curve:
         while len(hull) > 1 and _slope(hull[-2], point) <= _slope(hull[-2], hull[-1]):
             hull.pop()
         hull.append(point)

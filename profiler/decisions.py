@@ -1,19 +1,19 @@
-"""Choices by measurement: how stretches of layers choose and merge entries, all layers compressed together.
+"""Choices by measurement: how blocks of layers choose and merge entries, all layers compressed together.
 
-Layers stand in for each other, so that what one layer does alone says little. A *proposal* gives a stretch of
+Layers stand in for each other, so that what one layer does alone says little. A *proposal* gives a block of
 neighbouring layers other parameters while all layers keep what the plan's budgets give them.
 
 The rule against noise: proposals are made on one half of the prompts and must hold on the other. They race on the
-first half at the smallest of :data:`BUDGETS` (:mod:`flowmm.profiler.racing`). The best :data:`PROPOSED` of those that
-then gain more than a standard error race at all budgets on the second half; of those that gain more than a standard
-error there, the one with the largest gain is taken. A gain of less than a twentieth of the cost is none.
-Further races go on from there, until two in a row find nothing. At last every layer whose choice does not lower the
-cost over all prompts goes back to the method's parameters.
+first half at the smallest of :data:`BUDGETS` (:mod:`flowmm.profiler.racing`). Of those that are left, the best one, the
+best two and so on, as far as they go together, race on the second half; of what gains more than a standard error there,
+and more than a twentieth of the cost, the largest gain is taken. Further races of what the first one left go on from
+there, until one finds nothing. At last every layer whose choice does not lower the mean cost over all budgets on the
+second half goes back to the method's parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,52 +27,71 @@ from flowmm.profiler.joint_budgets import measure_allocations, with_allocations
 from flowmm.profiler.joint_costs import BUDGETS, Arrangement, JointPrompts, blocks
 from flowmm.profiler.journal import Journal
 from flowmm.profiler.profiling import Progress
-from flowmm.profiler.racing import gains_of, improved, part_ends, survivors, winner
+from flowmm.profiler.racing import part_ends, survivors, winner
 from flowmm.profiler.ranks import Ranks
 from flowmm.profiler.samples import Sample
 from flowmm.profiler.sensitivity import MIXED, measure_sensitivity, with_measured_budgets
 
-# How entries are chosen, over stretches of layers; the choice of a preset such as `reuse` is one of these.
+# How entries are chosen; the choice of a preset such as `reuse` is one of these.
 SELECTIONS: tuple[dict[str, Any], ...] = (
     {"selector": "weighted_kcenter", "keep_proxies": False},
     {"selector": "weighted_kcenter", "keep_proxies": True},
     {"selector": "proxy"},
     {"selector": "proxy+weighted_kcenter", "first_share": 0.25},
     {"selector": "proxy+weighted_kcenter", "first_share": 0.1},
+    {"selector": "proxy+weighted_kcenter", "first_share": 0.1, "keep_proxies": False},
     {"keep_proxies": False},
 )
-# How they are merged, over one block of layers at a time.
+# How they are merged.
 OPERATORS = ("evict", "average", "keep_mass", "mass", "tangent")
 SIMILARITIES = (-1.0, 0.5, 0.8, 0.9)
 GATES = ("none", "pivot_quantile:0.8")
 RACES = 6
-PROPOSED = 4
+# Changes made together at most.
+TOGETHER = 8
 
 Changes = dict[str, Any]
 """Fields of a :class:`LayerChoice`."""
 State = tuple[Changes, ...]
 """Changes of each layer."""
+Proposal = tuple[range, Changes]
+"""Layers, and what changes in them."""
 Budgets = Literal["measured", "joint"]
 
 
-def proposals(plan: Plan, state: State) -> Iterator[State]:
-    """States one proposal away from `state`: other selections over stretches, other merging or modes over blocks.
+def proposals(plan: Plan, state: State) -> list[Proposal]:
+    """Other selections, other merging, other modes, each for one block and each another state than `state`."""
+    seen, found = [state], list[Proposal]()
+    wanted = [*SELECTIONS, *_mergings(plan.method), {"mode": "cross"}, {"mode": "intra"}]
+    for block in blocks(len(plan.layers)):
+        for changes in wanted:
+            after = applied(plan, state, [(block, changes)])
+            if after not in seen:
+                seen.append(after)
+                found.append((block, changes))
+    return found
+
+
+def applied(plan: Plan, state: State, proposed: Sequence[Proposal]) -> State:
+    """`state` with all that is proposed, one after the other.
 
     A mode that a person forced, or that each prompt decides, is left alone.
     """
-    own, seen = plan.method, [state]
-    parts = blocks(len(plan.layers))
-    stretches = [range(first.start, last.stop) for place, first in enumerate(parts) for last in parts[place:]]
-    wanted: list[tuple[Changes, range]] = [(changes, stretch) for changes in SELECTIONS for stretch in stretches]
-    wanted += [(changes, part) for changes in _mergings(own) for part in parts]
-    wanted += [({"mode": other}, part) for other in ("cross", "intra") for part in parts]
-    for changes, stretch in wanted:
-        found = tuple(
-            _changed(plan.layers[layer], of, changes, own) if layer in stretch else of for layer, of in enumerate(state)
-        )
-        if found not in seen:
-            seen.append(found)
-            yield found
+    layers = list(state)
+    for block, changes in proposed:
+        for layer in block:
+            layers[layer] = _changed(plan.layers[layer], layers[layer], changes, plan.method)
+    return tuple(layers)
+
+
+def together(best: Sequence[Proposal]) -> list[list[Proposal]]:
+    """The first one, the first two and so on, up to :data:`TOGETHER`; where two say the same thing, the first does."""
+    taken = list[Proposal]()
+    for block, changes in best:
+        said = {name for other, earlier in taken if other == block for name in earlier}
+        if said.isdisjoint(changes):
+            taken.append((block, changes))
+    return [taken[:count] for count in range(1, min(len(taken), TOGETHER) + 1)]
 
 
 def _mergings(method: MethodParameters) -> list[Changes]:
@@ -128,43 +147,52 @@ def measure_choices(
     """Choices of `plan`'s layers by the rule against noise; those it has are forgotten first.
 
     Args:
-        prompts: at least two; the odd ones propose, the even ones confirm.
+        prompts: at least two; every other one proposes, the others confirm.
         plan: gives each layer's mode, the method, and what layers keep of the totals :data:`BUDGETS`.
         progress: called with (finished prompts, prompts at most).
     """
-    asked = _Asked((RACES + 2) * len(prompts), progress)
+    asked = _Asked((RACES + 1) * len(prompts), progress)
 
-    def race(state: State, number: int) -> State | None:
-        return _better(asked, prompts, number, plan, state)
-
-    state = improved(({},) * len(plan.layers), race, RACES)
-    choices = _worthwhile(asked, prompts, plan, state)
+    first, second = prompts.every(2, 0), prompts.every(2, 1)
+    state: State = ({},) * len(plan.layers)
+    proposed = proposals(plan, state)
+    for number in range(RACES):
+        start = number * (-(-len(first) // 3))
+        proposed, best = _promising(asked, first.window(start, len(first)), plan, state, proposed)
+        better = _confirmed(asked, second, plan, state, together(best))
+        if better is None:
+            break
+        state = better
+    choices = _worthwhile(asked, second, plan, state)
     if progress is not None:
         progress(asked.total, asked.total)
     return choices
 
 
-def _better(asked: _Asked, prompts: JointPrompts, number: int, plan: Plan, state: State) -> State | None:
-    """The proposal that gains most and holds, or ``None``."""
-    first, second = prompts.every(2, 0).turned(number), prompts.every(2, 1)
-    short = _promising(asked, first, plan, state)
+def _promising(
+    asked: _Asked, prompts: JointPrompts, plan: Plan, state: State, proposed: Sequence[Proposal]
+) -> tuple[list[Proposal], list[Proposal]]:
+    """What a race leaves of the proposals, and those of them that gain, best first."""
 
-    def measure(part: JointPrompts, states: Sequence[State]) -> np.ndarray:
-        return _over_budgets(asked, part, plan, [state, *states])
+    def measure(part: JointPrompts, some: Sequence[Proposal]) -> np.ndarray:
+        states = [state, *(applied(plan, state, [one]) for one in some)]
+        return asked.costs(part, [arranged(plan, one, min(BUDGETS)) for one in states])
 
-    return winner(short, second.parts(part_ends(len(second))), measure)
+    left, cost = survivors(proposed, prompts.parts(part_ends(len(prompts))), measure)
+    gain = (cost[:, :1] - cost[:, 1:]).mean(0)
+    return left, [left[place] for place in np.argsort(-gain, kind="stable") if gain[place] > 0]
 
 
-def _promising(asked: _Asked, prompts: JointPrompts, plan: Plan, state: State) -> list[State]:
-    """The proposals that gain most at the smallest budget, best first."""
+def _confirmed(
+    asked: _Asked, prompts: JointPrompts, plan: Plan, state: State, tried: Sequence[Sequence[Proposal]]
+) -> State | None:
+    """Of `state` with the proposals that are tried together, what gains most and holds, or ``None``."""
 
     def measure(part: JointPrompts, states: Sequence[State]) -> np.ndarray:
         return asked.costs(part, [arranged(plan, one, min(BUDGETS)) for one in (state, *states)])
 
-    parts = prompts.parts(part_ends(len(prompts)))
-    left, cost = survivors(list(proposals(plan, state)), parts, measure)
-    gains = gains_of(cost)
-    return [left[place] for place in sorted(gains, key=lambda place: -gains[place])[:PROPOSED]]
+    states = [applied(plan, state, proposed) for proposed in tried]
+    return winner(states, prompts.parts(part_ends(len(prompts))), measure)
 
 
 def _over_budgets(asked: _Asked, prompts: JointPrompts, plan: Plan, states: Sequence[State], **how: Any) -> np.ndarray:
@@ -247,7 +275,7 @@ def measure_layers(
     if budgets == "joint":
         # Choices are proposed at the smallest total; the others follow once choices are made.
         totals = BUDGETS[:1] if choices else BUDGETS
-        path = measure_allocations(prompts, plan, totals, progress=progress("moved entries between layers in", "races"))
+        path = measure_allocations(prompts, plan, totals, progress=progress("moved entries between layers in", "steps"))
         plan = with_allocations(plan, path, protocols, len(prompts))
     if choices:
         found = measure_choices(prompts, plan, progress=progress("compared choices on", "prompts"))
@@ -259,6 +287,6 @@ def measure_layers(
             )
             plan = with_measured_budgets(plan, curves.with_layers(changed, again), protocols)
         if budgets == "joint":
-            path = measure_allocations(prompts, plan, progress=progress("moved entries once more in", "races"))
+            path = measure_allocations(prompts, plan, progress=progress("moved entries once more in", "steps"))
             plan = with_allocations(plan, path, protocols, len(prompts))
     return plan

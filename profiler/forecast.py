@@ -13,9 +13,8 @@ from typing import Any
 from flowmm.errors import InputError
 from flowmm.models import LoadedModel
 from flowmm.plans import ModelFingerprint
-from flowmm.profiler import joint_budgets
-from flowmm.profiler.decisions import GATES, OPERATORS, PROPOSED, RACES, SELECTIONS, SIMILARITIES, Budgets
-from flowmm.profiler.joint_budgets import AMOUNTS, SHARES
+from flowmm.profiler.decisions import GATES, OPERATORS, RACES, SELECTIONS, SIMILARITIES, TOGETHER, Budgets
+from flowmm.profiler.joint_budgets import FACTORS, REACHES, STEP_PROMPTS, STEPS
 from flowmm.profiler.joint_costs import BUDGETS, blocks
 from flowmm.profiler.racing import ONE_IN, part_ends
 from flowmm.profiler.recorder import record_flow
@@ -71,12 +70,12 @@ class LayerMeasurements:
             prefills += runs * (1 + self.choices)
             feeds += runs * (1 + self.choices) * _batches(len(RATIOS)) * layers
         if self.choices:
-            prefills += 0 if joint else runs * (1 if self.held else RACES + 2)
+            prefills += 0 if joint else runs * (1 if self.held else RACES + 1)
             feeds += round(runs * _choice_batches(layers, self.prompts))
         if joint:
             prefills += runs
             # Choices need the smallest total before, and all totals go on with them.
-            feeds += round(runs * (len(BUDGETS) + self.choices) * _transfer_batches(layers, self.prompts))
+            feeds += round(runs * (len(BUDGETS) + self.choices) * _step_batches(layers, self.prompts))
         feeds = math.ceil((feeds + prefills * (ANSWER_TOKENS + 1)) * asked)
         # Per token and layer: captured queries, keys and values, and every row's keys and values.
         captured = model.num_attention_heads + 2 * model.num_kv_heads
@@ -95,28 +94,28 @@ def _batches(variants: int) -> int:
 
 def _choice_batches(layers: int, prompts: int) -> float:
     """Batches of caches per prompt and protocol."""
-    parts = len(blocks(layers))
-    asked = len(SELECTIONS) * parts * (parts + 1) // 2 + parts * (len(OPERATORS) + len(SIMILARITIES) + len(GATES) + 3)
-    # Every other prompt proposes, and the others confirm; at the end all look at every chosen layer twice.
-    proposed = _racing_batches(asked, -(-prompts // 2))
-    confirmed = len(BUDGETS) * (1 + PROPOSED)
-    return RACES * (proposed + _batches(confirmed)) / 2 + 2 * _batches(len(BUDGETS) * (1 + layers))
+    asked = len(blocks(layers)) * (len(SELECTIONS) + len(OPERATORS) + len(SIMILARITIES) + len(GATES) + 3)
+    # Every other prompt proposes, and the others confirm; those look at every chosen layer twice at the end.
+    half = -(-prompts // 2)
+    raced = _racing_batches(asked, half) + _racing_batches(TOGETHER, half, len(BUDGETS))
+    return RACES * raced / 2 + _batches(len(BUDGETS) * (1 + layers))
 
 
-def _transfer_batches(layers: int, prompts: int) -> float:
+def _step_batches(layers: int, prompts: int) -> float:
     """Batches of caches per prompt and protocol, for one total."""
-    parts = [len(part) for part in blocks(layers)]
-    pairs = len(parts) * (len(parts) - 1) + sum(2 * size for size in parts if size > 1)
-    together = sum(1 + count for count in range(1, len(parts)))
-    proposed = pairs * len(AMOUNTS) + together * len(SHARES)
-    return joint_budgets.RACES * _racing_batches(proposed, prompts)
+    size, most = (min(count, max(1, prompts // 2)) for count in STEP_PROMPTS)
+    total, each = 0, _batches(1 + layers * len(FACTORS)) + _batches(1 + 2 * len(REACHES))
+    for _ in range(STEPS):
+        total += size * each
+        size = min(2 * size, most)
+    return total / prompts
 
 
-def _racing_batches(proposals: int, prompts: int) -> float:
-    """Batches of caches per prompt and protocol, when so many prompts measure proposals once."""
+def _racing_batches(proposals: int, prompts: int, budgets: int = 1) -> float:
+    """Batches of caches per prompt and protocol, when so many prompts measure proposals once at each of the budgets."""
     total, left = 0, proposals
     for start, stop in pairwise((0, *part_ends(prompts))):
-        total += (stop - start) * _batches(1 + left)
+        total += (stop - start) * _batches((1 + left) * budgets)
         left = -(-left // ONE_IN)
     return total / prompts
 

@@ -1,77 +1,97 @@
-"""Layer budgets with all layers compressed at once: entries move from layer to layer while their total stays.
+"""Layer budgets with all layers compressed at once: what each layer keeps is changed around what all keep now.
 
-Curves of one layer at a time miss that layers stand in for each other: where two can find the same thing, compressing
-either alone costs nothing. Cutting one layer after the other, the cheapest cut first, ends where the last cuts are
-dear: which of two such layers is given up first is decided while neither costs anything yet. A transfer is measured at
-the total it is for, and can be taken back.
+Curves of one layer compressed alone miss that layers stand in for each other: where two can find the same thing,
+compressing either alone costs nothing. Here every layer has a curve *while all others are compressed*. The budgets that
+these curves say cost least are tried on other prompts, curves are measured around the best of them, and so on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from math import fsum
 
-import numpy as np
-
 from flowmm.plans import LayerPlan, Plan, SensitivityFingerprint
-from flowmm.plans.allocation import along_path
+from flowmm.plans.allocation import along_path, lower_hull
 from flowmm.plans.layers import scale_budgets
-from flowmm.profiler.joint_costs import BUDGETS, Arrangement, JointPrompts, blocks
+from flowmm.profiler.joint_costs import BUDGETS, Arrangement, JointPrompts
 from flowmm.profiler.profiling import Progress
-from flowmm.profiler.racing import improved, part_ends, winner
+from flowmm.profiler.racing import gains_of
 
 Ratios = tuple[float, ...]
 """Of the entries that each layer keeps."""
 
-# No transfer takes a layer below this ratio.
+# No layer keeps less.
 LEAST = 0.005
-# What one layer gives to another, in multiples of the total; less is lost in the noise of choosing other entries.
-AMOUNTS = (0.25, 0.5, 1.0, 2.0)
-# What the layers that keep least give together, of all they can spare.
-SHARES = (0.5, 1.0)
+# A layer's curve: what it keeps, times each of these.
+FACTORS = (0.35, 0.7, 1.4, 2.8)
+# One step changes what a layer keeps by these factors at most; a short step is one that curves can be trusted on.
+REACHES = (1.5, 3.0)
+# Prompts that measure curves, and as many others that try what follows from them; after a step that finds nothing twice
+# as many, up to the second number, where it ends.
+STEP_PROMPTS = (8, 32)
 # Per total.
-RACES = 10
+STEPS = 8
+
+Curve = list[tuple[float, float]]
+"""By rising ratio of one layer, what it costs beyond the present one."""
 
 
-def transfers(ratios: Ratios, total: float) -> list[Ratios]:
-    """All layers' ratios after one transfer.
+def cheapest(curves: Sequence[Curve], total: float) -> Ratios:
+    """Ratios with mean `total` that cost least by the curves' lower hulls, each between the ends of its curve.
 
-    One block of layers gives to another one, one layer to the rest of its block or the rest to it, and those blocks
-    that keep least give together, to another block or to all others. Layers give in proportion to what they can spare,
-    and take in proportion to what they keep.
+    The ends must allow that mean.
     """
-    parts = [list(block) for block in blocks(len(ratios))]
-    pairs = [(giver, taker) for giver in parts for taker in parts if giver is not taker]
-    for part in parts:
-        for layer in part if len(part) > 1 else ():
-            rest = [other for other in part if other != layer]
-            pairs += [([layer], rest), (rest, [layer])]
-    wanted = [(givers, takers, amount * total * len(givers)) for givers, takers in pairs for amount in AMOUNTS]
-    rising = sorted(parts, key=lambda part: fsum(ratios[layer] for layer in part) / len(part))
-    for count in range(1, len(parts)):
-        givers, others = [layer for part in rising[:count] for layer in part], rising[count:]
-        spare = _spare(ratios, givers)
-        for takers in (*others, [layer for part in others for layer in part]):
-            wanted += [(givers, takers, share * spare) for share in SHARES if share * spare >= AMOUNTS[0] * total]
-    found = (_transferred(ratios, *each) for each in wanted)
-    return list(dict.fromkeys(after for after in found if after is not None))
+    hulls = [lower_hull(curve) for curve in curves]
+    ratios = [hull[0][0] for hull in hulls]
+    spare = total * len(curves) - fsum(ratios)
+    steps = sorted(
+        ((after[1] - before[1]) / (after[0] - before[0]), layer, after[0] - before[0])
+        for layer, hull in enumerate(hulls)
+        for before, after in pairwise(hull)
+    )
+    for _, layer, width in steps:
+        taken = min(width, spare)
+        ratios[layer] += taken
+        spare -= taken
+    return tuple(ratios)
 
 
-def _transferred(ratios: Ratios, givers: Sequence[int], takers: Sequence[int], given: float) -> Ratios | None:
-    """None where the givers have not so much, or the takers not so much room."""
-    spare, kept, after = _spare(ratios, givers), fsum(ratios[layer] for layer in takers), list(ratios)
-    if given > spare:
-        return None
-    for layer in givers:
-        after[layer] -= given * (ratios[layer] - LEAST) / spare
-    for layer in takers:
-        after[layer] += given * ratios[layer] / kept
-    return tuple(after) if max(after) <= 1 else None
+def changed_alone(ratios: Ratios) -> list[list[float]]:
+    """Per layer, other ratios to measure: :data:`FACTORS` of its own, between :data:`LEAST` and 1."""
+    around = ([min(max(own * factor, LEAST), 1.0) for factor in FACTORS] for own in ratios)
+    return [[ratio for ratio in dict.fromkeys(of) if ratio != own] for of, own in zip(around, ratios, strict=True)]
 
 
-def _spare(ratios: Ratios, layers: Sequence[int]) -> float:
-    return fsum(ratios[layer] - LEAST for layer in layers)
+def measure_curves(prompts: JointPrompts, planned: Arrangement, ratios: Ratios) -> list[Curve]:
+    """Each layer's curve around `ratios`, the other layers compressed to theirs.
+
+    Every cost but the present one is taken a standard error over prompts above its mean, so that the least of many is
+    not the luckiest.
+    """
+    changes = [(layer, ratio) for layer, of in enumerate(changed_alone(ratios)) for ratio in of]
+    alone = [(*ratios[:layer], ratio, *ratios[layer + 1 :]) for layer, ratio in changes]
+    cost = prompts.costs([replace(planned, ratios=one) for one in (ratios, *alone)])
+    rise = cost[:, 1:] - cost[:, :1]
+    error = rise.std(0, ddof=1) / len(rise) ** 0.5 if len(rise) > 1 else 0.0
+    curves: list[Curve] = [[(own, 0.0)] for own in ratios]
+    for (layer, ratio), worse in zip(changes, (rise.mean(0) + error).tolist(), strict=True):
+        curves[layer].append((ratio, worse))
+    return [sorted(curve) for curve in curves]
+
+
+def suggestions(curves: Sequence[Curve], ratios: Ratios, total: float) -> list[Ratios]:
+    """Ratios that cost less than the present ones by the curves, within each of :data:`REACHES`, and half way there."""
+    found: list[Ratios] = []
+    for reach in REACHES:
+        within = [
+            [point for point in curve if own / reach <= point[0] <= own * reach]
+            for curve, own in zip(curves, ratios, strict=True)
+        ]
+        there = cheapest(within, total)
+        found += [there, tuple((one + own) / 2 for one, own in zip(there, ratios, strict=True))]
+    return [one for one in dict.fromkeys(found) if one != ratios]
 
 
 def measure_allocations(
@@ -79,48 +99,51 @@ def measure_allocations(
 ) -> tuple[Ratios, ...]:
     """What layers keep of each of the totals :data:`BUDGETS`, and of everything.
 
-    At each total the transfer that gains most is made, as long as one holds (:mod:`flowmm.profiler.racing`). The
-    smallest total begins with what `plan` gives its layers, each other one in proportion to what the one before found.
+    At each total steps are made as long as they lower the cost on prompts that did not suggest them. The smallest total
+    begins with what `plan` gives its layers, each other one in proportion to what the one before found.
 
     Args:
-        prompts: held in memory, because each transfer asks them again.
+        prompts: held in memory, because each step asks some of them again.
         plan: gives each layer's mode and parameters.
-        totals: those at which transfers are made.
-        progress: called with (races done, races at most).
+        totals: those at which steps are made.
+        progress: called with (steps done, steps at most).
     """
     path = list[Ratios]()
     for total in BUDGETS:
         start = scale_budgets(path[-1] if path else plan.layer_budgets(total), total)
-        path.append(_after_transfers(prompts, plan, total, start, progress) if total in totals else start)
-        prompts.forget_shared()
+        path.append(_after_steps(prompts, plan, total, start, progress) if total in totals else start)
     return (*path, (1.0,) * len(plan.layers))
 
 
-def _after_transfers(
-    prompts: JointPrompts, plan: Plan, total: float, start: Ratios, progress: Progress | None
-) -> Ratios:
-    planned, before = Arrangement.planned(plan, total), BUDGETS.index(total) * RACES
-
-    def told(done: int) -> None:
+def _after_steps(prompts: JointPrompts, plan: Plan, total: float, start: Ratios, progress: Progress | None) -> Ratios:
+    planned, before = Arrangement.planned(plan, total), BUDGETS.index(total) * STEPS
+    size, most = (min(count, max(1, len(prompts) // 2)) for count in STEP_PROMPTS)
+    ratios, place = start, 0
+    for number in range(STEPS):
         if progress is not None:
-            progress(before + done, RACES * len(BUDGETS))
+            progress(before + number, STEPS * len(BUDGETS))
+        first, second = prompts.window(place, size), prompts.window(place + size, size)
+        better, place = _better(first, second, planned, total, ratios), place + size
+        if better is not None:
+            ratios = better
+        elif size == most:
+            break
+        else:
+            size = min(2 * size, most)
+    if progress is not None:
+        progress(before + STEPS, STEPS * len(BUDGETS))
+    return ratios
 
-    def race(ratios: Ratios, number: int) -> Ratios | None:
-        told(number)
-        return _better(prompts.turned(number), planned, total, ratios)
 
-    found = improved(start, race, RACES)
-    told(RACES)
-    return found
-
-
-def _better(prompts: JointPrompts, planned: Arrangement, total: float, ratios: Ratios) -> Ratios | None:
-    """The transfer that gains most and holds, or ``None``."""
-
-    def measure(part: JointPrompts, proposed: Sequence[Ratios]) -> np.ndarray:
-        return part.costs([replace(planned, ratios=one) for one in (ratios, *proposed)], forget=False)
-
-    return winner(transfers(ratios, total), prompts.parts(part_ends(len(prompts))), measure)
+def _better(
+    first: JointPrompts, second: JointPrompts, planned: Arrangement, total: float, ratios: Ratios
+) -> Ratios | None:
+    """What the first prompts suggest and gains most on the second ones, if it holds there."""
+    proposed = suggestions(measure_curves(first, planned, ratios), ratios, total)
+    if not proposed:
+        return None
+    gains = gains_of(second.costs([replace(planned, ratios=one) for one in (ratios, *proposed)]))
+    return proposed[max(gains, key=lambda place: gains[place])] if gains else None
 
 
 def with_budgets_of(plan: Plan, other: Plan) -> Plan:

@@ -8,33 +8,15 @@ from typing import TypeVar
 import numpy as np
 
 # All proposals are measured on no more prompts than this.
-FIRST_PART = 6
+FIRST_PART = 20
 # Of the proposals, after each part but the last, the best one in so many stay.
-ONE_IN = 3
-# A race without a winner is run once more, on the prompts in another order: the first few lose some that are good.
-PATIENCE = 2
-# Of the present cost.
+ONE_IN = 2
+# A gain holds if it is so many standard errors over prompts, and so much of the present cost.
+CLEAR = 2.0
 LEAST_SHARE = 0.05
 
 Part = TypeVar("Part")
 Proposal = TypeVar("Proposal")
-State = TypeVar("State")
-
-
-def improved(state: State, race: Callable[[State, int], State | None], races: int) -> State:
-    """Where races lead from `state`: each is given the present state and its own number, and may find a better one.
-
-    The last of `races`, or :data:`PATIENCE` in a row that find none, end it.
-    """
-    misses = 0
-    for number in range(races):
-        better = race(state, number)
-        misses = misses + 1 if better is None else 0
-        if better is not None:
-            state = better
-        elif misses == PATIENCE:
-            break
-    return state
 
 
 def part_ends(prompts: int) -> tuple[int, ...]:
@@ -72,15 +54,15 @@ def survivors(
 def gains_of(cost: np.ndarray) -> dict[int, float]:
     """From ``[prompts, 1 + proposals]``, the present state first: mean gain of every proposal that holds.
 
-    One holds where it gains on average more than a standard error over prompts, and :data:`LEAST_SHARE` of the present
-    cost. A single prompt has no standard error, so that it decides nothing.
+    One holds where it gains on average more than :data:`CLEAR` standard errors over prompts, and :data:`LEAST_SHARE` of
+    the present cost. A single prompt has no standard error, so that it decides nothing.
     """
     gain = cost[:, :1] - cost[:, 1:]
     if len(gain) < 2:
         return {}
     mean, error = gain.mean(0), gain.std(0, ddof=1) / len(gain) ** 0.5
     least = LEAST_SHARE * cost[:, 0].mean()
-    return {place: float(mean[place]) for place in range(len(mean)) if mean[place] > max(error[place], least)}
+    return {place: float(mean[place]) for place in range(len(mean)) if mean[place] > max(CLEAR * error[place], least)}
 
 
 def winner(

@@ -199,17 +199,22 @@ class Reading:
     def logits(self, caches: Sequence[FlowCache]) -> Iterator[Tensor]:
         """Of each answer in turn, ``[caches, T, V]`` fp32 at its tokens. Use inside :func:`reading_caches`."""
         at_a_time = max(1, ROWS_PER_BATCH // len(caches))
+        stacked, copies = None, 0
         for start in range(0, len(self.answers), at_a_time):
-            yield from self._fed_together(caches, self.answers[start : start + at_a_time])
+            answers = self.answers[start : start + at_a_time]
+            if stacked is None or copies != len(answers):
+                stacked, copies = FlowCache.stack([*caches] * len(answers)), len(answers)
+            yield from self._fed_together(stacked, len(caches), answers)
 
-    def _fed_together(self, caches: Sequence[FlowCache], answers: Sequence[Answer]) -> Iterator[Tensor]:
+    def _fed_together(self, stacked: FlowCache, caches: int, answers: Sequence[Answer]) -> Iterator[Tensor]:
+        """`stacked` holds so many caches for each of the answers, and holds them again when all is fed."""
         longest = max((answer.places for answer in answers), key=lambda places: places.shape[-1])
         # What stands behind an answer's last token is seen by none of its own.
-        forced = [_lengthened(answer.forced, longest.shape[-1]).expand(len(caches), -1) for answer in answers]
+        forced = torch.cat([_lengthened(answer.forced, longest.shape[-1]).expand(caches, -1) for answer in answers])
         kept = sorted({place for answer in answers for place in answer.asked})
-        stacked = FlowCache.stack([*caches] * len(answers))
-        logits = feed(self.host, stacked, torch.cat(forced), longest, keep=torch.tensor(kept, device=longest.device))
-        for answer, part in zip(answers, logits.unflatten(0, (len(answers), len(caches))), strict=True):
+        logits = feed(self.host, stacked, forced, longest, keep=torch.tensor(kept, device=longest.device))
+        stacked.crop(-longest.shape[-1])
+        for answer, part in zip(answers, logits.unflatten(0, (len(answers), caches)), strict=True):
             yield part[:, [kept.index(place) for place in answer.asked]]
 
 
@@ -314,7 +319,7 @@ def measure_costs(
 def _prompt_costs(model: LoadedModel, plan: Plan, trial: Trial, variants: Sequence[Variant]) -> np.ndarray:
     """``[variants]`` of one prompt under one protocol."""
     reading, costs = Reading.of(model, plan, trial), []
-    with reading_caches(model.model):
+    with torch.inference_mode(), reading_caches(model.model):
         for batch in _batches(variants):
             caches = [reading.cache(_one_layer(reading.modes, variant)) for variant in batch]
             costs.append(reading.divergence(caches).mean(-1).double().cpu().numpy())

@@ -28,8 +28,8 @@ class SimulatedPrompts:
     def every(self, step: int, start: int) -> SimulatedPrompts:
         return self._some(len(range(start, self.count, step)))
 
-    def turned(self, _: int) -> SimulatedPrompts:
-        return self
+    def window(self, _: int, size: int) -> SimulatedPrompts:
+        return self._some(size)
 
     def parts(self, ends: Sequence[int]) -> list[SimulatedPrompts]:
         return [self._some(stop - start) for start, stop in zip((0, *ends), ends, strict=False)]
@@ -37,6 +37,3 @@ class SimulatedPrompts:
     def costs(self, arrangements: Sequence[Arrangement], of: Sequence[str] = ("shift_bound",), **_: Any) -> np.ndarray:
         mean = np.array([self.cost(one) for one in arrangements] * len(of))
         return np.maximum(0, mean + self.noise * self.generator.normal(size=(self.count, len(mean))))
-
-    def forget_shared(self) -> None:
-        """Nothing is held."""

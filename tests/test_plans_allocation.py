@@ -85,6 +85,5 @@ def test_smoothing_evens_out_noise_in_budgets() -> None:
 
 
 def test_hull_is_convex_and_below_the_curve() -> None:
-    points = [(0.02, 2.0), (0.05, 2.5), (0.1, 0.5), (0.2, 0.6), (0.4, 0.1)]
-    hull = lower_hull(points)
-    assert hull == [(0.02, 2.0), (0.1, 0.5), (0.4, 0.1), (1.0, 0.0)]
+    points = [(0.02, 2.0), (0.05, 2.5), (0.1, 0.5), (0.2, 0.6), (0.4, 0.1), (1.0, 0.0)]
+    assert lower_hull(points) == [(0.02, 2.0), (0.1, 0.5), (0.4, 0.1), (1.0, 0.0)]

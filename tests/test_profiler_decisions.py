@@ -19,15 +19,17 @@ from flowmm.plans import MethodParameters, Plan, unprofiled_plan
 from flowmm.plans.choices import LayerChoice
 from flowmm.profiler import decisions, joint_budgets, load_calibration
 from flowmm.profiler.decisions import (
+    TOGETHER,
     Budgets,
+    applied,
     measure_choices,
     measure_layers,
     proposals,
+    together,
     with_choices,
 )
 from flowmm.profiler.joint_costs import Arrangement, JointPrompts
 from flowmm.profiler.journal import Journal
-from flowmm.profiler.racing import PATIENCE
 from flowmm.profiler.sensitivity import Reading
 
 METHOD = MethodParameters()
@@ -62,11 +64,15 @@ def few_proposals(monkeypatch: pytest.MonkeyPatch) -> None:
 NOTHING: tuple[dict[str, Any], ...] = ({},) * 4
 
 
+def states(plan: Plan, state: decisions.State) -> list[decisions.State]:
+    return [applied(plan, state, [one]) for one in proposals(plan, state)]
+
+
 def test_proposals_change_something_and_leave_a_persons_mode_alone(plan: Plan) -> None:
-    found = list(proposals(plan, NOTHING))
+    found = states(plan, NOTHING)
     assert len({str(state) for state in found}) == len(found)
     kcenter = {"selector": "weighted_kcenter", "keep_proxies": False}
-    assert ({}, kcenter, kcenter, {}) in found, "a stretch of layers"
+    assert ({}, kcenter, {}, {}) in found
     assert ({}, {}, {"min_sim": 0.8}, {}) in found
     assert ({}, {}, {"tau": "pivot_quantile:0.8"}, {}) in found
     assert all(
@@ -78,7 +84,7 @@ def test_proposals_change_something_and_leave_a_persons_mode_alone(plan: Plan) -
     )
     assert not any("mode" in one for state in found for one in state), "forced, or decided per prompt"
     unforced = tuple(layer.model_copy(update={"forced": False}) for layer in plan.layers)
-    found = list(proposals(plan.model_copy(update={"layers": unforced}), NOTHING))
+    found = states(plan.model_copy(update={"layers": unforced}), NOTHING)
     assert ({}, {"mode": "intra"}, {}, {}) in found
     assert ({"mode": "intra"}, {}, {}, {}) not in found, "layer 0 decides per prompt"
 
@@ -86,20 +92,30 @@ def test_proposals_change_something_and_leave_a_persons_mode_alone(plan: Plan) -
 def test_proposals_add_to_what_was_chosen_and_lead_back(plan: Plan) -> None:
     kcenter = {"selector": "weighted_kcenter"}
     state = ({"selector": "proxy+novelty", "first_share": 0.25}, {"merge": "evict"}, {}, {})
-    found = list(proposals(plan, state))
+    found = states(plan, state)
     assert state not in found
     assert (state[0], {"merge": "evict"} | kcenter, {}, {}) in found
     assert (state[0], {}, {}, {}) in found, "the method's own operator"
     assert (kcenter, state[1], {}, {}) in found, "one selector has no first share"
 
 
+def test_the_best_are_tried_together_unless_they_say_the_same_thing() -> None:
+    first, second = range(1), range(1, 3)
+    selections = {"selector": "weighted_kcenter", "keep_proxies": False}, {"keep_proxies": False}
+    best = [(first, selections[0]), (first, selections[1]), (second, selections[1]), (first, {"min_sim": 0.9})]
+    assert together(best) == [[best[0]], [best[0], best[2]], [best[0], best[2], best[3]]]
+    assert together([]) == []
+    assert len(together([(range(layer, layer + 1), {"merge": "evict"}) for layer in range(9)])) == TOGETHER
+
+
 def cost_of(arrangement: Arrangement) -> float:
-    """Layers 1 and 2 gain by k-center only together, layer 3 by eviction."""
+    """Layer 1 gains by k-center, layer 2 only if layer 1 does, layer 3 by eviction, the others lose by k-center."""
     kcenter = [method.selector == "weighted_kcenter" for method in arrangement.methods]
-    return 1 - 0.3 * (kcenter[1] and kcenter[2]) + 0.05 * sum(kcenter) - 0.1 * (arrangement.methods[3].merge == "evict")
+    both = 0.1 * kcenter[1] + 0.2 * (kcenter[1] and kcenter[2])
+    return 1 - both + 0.05 * (kcenter[0] + kcenter[3]) - 0.1 * (arrangement.methods[3].merge == "evict")
 
 
-def test_what_holds_on_both_halves_is_chosen_also_where_layers_must_change_together(plan: Plan) -> None:
+def test_what_holds_on_both_halves_is_chosen_also_where_one_layer_waits_for_another(plan: Plan) -> None:
     prompts: Any = SimulatedPrompts(cost_of, noise=0.05)
     found = measure_choices(prompts, plan)
     assert [choice and choice.selector for choice in found] == [None, "weighted_kcenter", "weighted_kcenter", None]
@@ -109,7 +125,7 @@ def test_what_holds_on_both_halves_is_chosen_also_where_layers_must_change_toget
         assert choice.cost[1] < choice.cost[0]
 
 
-@pytest.mark.parametrize(("prompts", "shares"), [(6, (1,)), (24, (1, 1 / 3, 1 / 9))])
+@pytest.mark.parametrize(("prompts", "shares"), [(20, (1,)), (80, (1, 1 / 2, 1 / 4))])
 def test_proposals_race_on_the_proposing_prompts(
     plan: Plan, prompts: int, shares: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,10 +138,9 @@ def test_proposals_race_on_the_proposing_prompts(
     monkeypatch.setattr(SimulatedPrompts, "costs", costs)
     simulated: Any = SimulatedPrompts(cost_of, 2 * prompts)
     assert measure_choices(simulated, plan) == (None,) * 4
-    proposed = len(list(proposals(plan, ({},) * 4)))
-    once = [1 + math.ceil(proposed * share) for share in shares]
-    assert [count for _, count in asked] == once * PATIENCE
-    assert sum(count for count, _ in asked) == prompts * PATIENCE
+    proposed = len(proposals(plan, ({},) * 4))
+    assert [count for _, count in asked] == [1 + math.ceil(proposed * share) for share in shares]
+    assert sum(count for count, _ in asked) == prompts
 
 
 def test_noise_alone_seldom_chooses(plan: Plan) -> None:
@@ -191,7 +206,7 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(
     model: LoadedModel, plan: Plan, budgets: Budgets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few_proposals(monkeypatch)
-    monkeypatch.setattr(joint_budgets, "AMOUNTS", (0.5,))
+    monkeypatch.setattr(joint_budgets, "FACTORS", (0.5, 2.0))
     samples = load_calibration("pocket", limit=2)
     compressions: list[int] = []
     divergence = Reading.divergence

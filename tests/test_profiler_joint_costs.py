@@ -58,10 +58,10 @@ def test_a_token_costs_at_least_how_far_its_distribution_moves_and_at_most_one()
 def test_held_prompts_cost_what_prefilled_ones_do(prompts: JointPrompts, plan: Plan) -> None:
     asked = [Arrangement.planned(plan, total) for total in (0.05, 0.3, 1.0)]
     again = replace(prompts, held=None)
-    held = prompts.costs(asked, forget=False)
+    held = prompts.costs(asked)
     assert held.shape == (3, 3)
     assert np.array_equal(held, again.costs(asked))
-    assert np.array_equal(held, prompts.costs(asked)), "what was kept of earlier compressions changes nothing"
+    assert np.array_equal(held, prompts.costs(asked))
     assert held[:, 2] == pytest.approx(0.0, abs=2e-3)
     assert (held[:, 0] > held[:, 2]).all()
     nats = prompts.costs(asked, of=("nats",))
@@ -108,7 +108,7 @@ def test_halves_share_no_prompt(prompts: JointPrompts) -> None:
     assert len(second.every(2, 1)) == 1, "where a half would be empty, all prompts stay"
     parts = prompts.parts((1, 3))
     assert [list(part.trials) for part in parts] == [[0], [1, 2]]
-    assert [list(prompts.turned(number).trials) for number in (0, 1, 3)] == [[0, 1, 2], [1, 2, 0], [0, 1, 2]]
+    assert [list(prompts.window(start, 2).trials) for start in (0, 2, 4)] == [[0, 1], [2, 0], [1, 2]]
 
 
 def test_an_online_layer_has_the_mode_of_the_prompt(plan: Plan) -> None:
