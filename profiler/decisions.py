@@ -5,10 +5,9 @@ neighbouring layers other parameters while all layers keep what the plan's budge
 
 The rule against noise: proposals are made on one half of the prompts and must hold on the other. They race on the
 first half at the smallest of :data:`BUDGETS` (:mod:`flowmm.profiler.racing`). Of those that are left, the best one, the
-best two and so on, as far as they go together, race on the second half; of what gains more than a standard error there,
-and more than a twentieth of the cost, the largest gain is taken. Further races of what the first one left go on from
-there, until one finds nothing. At last every layer whose choice does not lower the mean cost over all budgets on the
-second half goes back to the method's parameters.
+best two and so on, as far as they go together, race on the second half, and the largest gain that holds there is taken.
+Further races of what the first one left go on from there, until one finds nothing. At last every layer whose choice
+does not lower the mean cost over all budgets on the second half goes back to the method's parameters.
 """
 
 from __future__ import annotations
@@ -152,7 +151,6 @@ def measure_choices(
         progress: called with (finished prompts, prompts at most).
     """
     asked = _Asked((RACES + 1) * len(prompts), progress)
-
     first, second = prompts.every(2, 0), prompts.every(2, 1)
     state: State = ({},) * len(plan.layers)
     proposed = proposals(plan, state)
