@@ -97,7 +97,7 @@ def _choice_batches(layers: int, prompts: int) -> float:
     asked = len(blocks(layers)) * (len(SELECTIONS) + len(OPERATORS) + len(SIMILARITIES) + len(GATES) + 3)
     # Every other prompt proposes, and the others confirm; those look at every chosen layer twice at the end.
     half = -(-prompts // 2)
-    raced = _racing_batches(asked, half) + _racing_batches(TOGETHER, half, len(BUDGETS))
+    raced = _racing_batches(asked, half) + _racing_batches(TOGETHER, half)
     return RACES * raced / 2 + _batches(len(BUDGETS) * (1 + layers))
 
 
@@ -111,11 +111,11 @@ def _step_batches(layers: int, prompts: int) -> float:
     return total / prompts
 
 
-def _racing_batches(proposals: int, prompts: int, budgets: int = 1) -> float:
-    """Batches of caches per prompt and protocol, when so many prompts measure proposals once at each of the budgets."""
+def _racing_batches(proposals: int, prompts: int) -> float:
+    """Batches of caches per prompt and protocol, when so many prompts measure proposals once."""
     total, left = 0, proposals
     for start, stop in pairwise((0, *part_ends(prompts))):
-        total += (stop - start) * _batches((1 + left) * budgets)
+        total += (stop - start) * _batches(1 + left)
         left = -(-left // ONE_IN)
     return total / prompts
 
