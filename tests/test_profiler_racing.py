@@ -46,9 +46,9 @@ def test_the_winner_is_the_best_of_those_that_hold() -> None:
     assert winner(["little"], [slice(0, 3)], measure) is None
 
 
-def test_a_gain_holds_above_its_standard_error_and_a_twentieth_of_the_cost() -> None:
+def test_a_gain_holds_above_two_standard_errors_and_a_twentieth_of_the_cost() -> None:
     own = np.array([10.0, 11.0, 12.0])
-    steady, unsteady, little = own - np.array([2.0, 2.5, 3.0]), own - np.array([-9.0, 0.0, 11.0]), own - 0.4
+    steady, unsteady, little = own - np.array([2.0, 2.5, 3.0]), own - np.array([-1.0, 2.0, 3.0]), own - 0.4
     assert gains_of(np.stack([own, steady, unsteady, little], 1)) == pytest.approx({0: 2.5})
     assert gains_of(np.array([[5.0, 1.0]])) == {}, "one prompt decides nothing"
     assert gains_of(np.zeros((4, 2))) == {}
