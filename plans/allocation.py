@@ -8,7 +8,7 @@ greedy choice is the best one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -100,11 +100,28 @@ def allocate(curves: Sequence[Curve], ratio: float) -> tuple[float, ...]:
         return (ratio,) * len(hulls)
     ratios = [floor] * len(hulls)
     spare = (ratio - floor) * len(hulls)
-    for step in _steps(hulls, floor):
+    spare = spend(ratios, (step for step in hull_steps(hulls, floor) if step.gain > FLAT), spare)
+    return _level(ratios, spare)
+
+
+def cheapest(curves: Sequence[Curve], ratio: float) -> tuple[float, ...]:
+    """Ratios with mean `ratio` that cost least by the curves' lower hulls, each between the ends of its curve.
+
+    Curves are taken as they are, neither smoothed nor continued; their ends must allow that mean.
+    """
+    hulls = [lower_hull(curve) for curve in curves]
+    ratios = [hull[0][0] for hull in hulls]
+    spend(ratios, hull_steps(hulls), ratio * len(hulls) - fsum(ratios))
+    return tuple(ratios)
+
+
+def spend(ratios: list[float], steps: Iterable[Step], spare: float) -> float:
+    """Give `spare` to the ratios, step after step; returns what the steps leave over."""
+    for step in steps:
         taken = min(step.width, spare)
         ratios[step.layer] += taken
         spare -= taken
-    return _level(ratios, spare)
+    return spare
 
 
 @lru_cache(maxsize=1024)
@@ -112,15 +129,15 @@ def _hull(curve: tuple[tuple[float, float], ...]) -> list[tuple[float, float]]:
     return lower_hull(smoothed(curve))
 
 
-def _steps(hulls: Sequence[Sequence[tuple[float, float]]], floor: float) -> list[Step]:
-    """All stretches above the floor, best gain first; flat ones left out."""
+def hull_steps(hulls: Sequence[Sequence[tuple[float, float]]], floor: float = 0.0) -> list[Step]:
+    """All stretches above the floor, best gain first."""
     steps = [
         Step(layer, right[0] - max(left[0], floor), -_slope(left, right))
         for layer, hull in enumerate(hulls)
         for left, right in pairwise(hull)
         if right[0] > floor
     ]
-    return sorted((step for step in steps if step.gain > FLAT), key=lambda step: -step.gain)
+    return sorted(steps, key=lambda step: -step.gain)
 
 
 def _level(ratios: list[float], spare: float) -> tuple[float, ...]:

@@ -23,7 +23,7 @@ from flowmm.plans import LayerPlan, MethodParameters, Plan, SensitivityFingerpri
 from flowmm.plans.choices import LayerChoice
 from flowmm.plans.method import parse_selector
 from flowmm.profiler.joint_budgets import measure_allocations, with_allocations
-from flowmm.profiler.joint_costs import BUDGETS, Arrangement, JointPrompts, blocks
+from flowmm.profiler.joint_costs import BUDGETS, Arrangement, JointPrompts
 from flowmm.profiler.journal import Journal
 from flowmm.profiler.profiling import Progress
 from flowmm.profiler.racing import part_ends, survivors, winner
@@ -46,6 +46,8 @@ OPERATORS = ("evict", "average", "keep_mass", "mass", "tangent")
 SIMILARITIES = (-1.0, 0.5, 0.8, 0.9)
 GATES = ("none", "pivot_quantile:0.8")
 RACES = 6
+# Of layers at most: what deciding costs does not grow with depth.
+BLOCKS = 6
 # Changes made together at most.
 TOGETHER = 8
 
@@ -56,6 +58,12 @@ State = tuple[Changes, ...]
 Proposal = tuple[range, Changes]
 """Layers, and what changes in them."""
 Budgets = Literal["measured", "joint"]
+
+
+def blocks(layers: int) -> list[range]:
+    """Neighbouring layers in at most :data:`BLOCKS` blocks of about equal size."""
+    count = min(BLOCKS, layers)
+    return [range(layers * block // count, layers * (block + 1) // count) for block in range(count)]
 
 
 def proposals(plan: Plan, state: State) -> list[Proposal]:
@@ -174,7 +182,7 @@ def _promising(
 
     def measure(part: JointPrompts, some: Sequence[Proposal]) -> np.ndarray:
         states = [state, *(applied(plan, state, [one]) for one in some)]
-        return asked.costs(part, [arranged(plan, one, min(BUDGETS)) for one in states])
+        return _mean_cost(asked, part, plan, states, BUDGETS[:1])
 
     left, cost = survivors(proposed, prompts.parts(part_ends(len(prompts))), measure)
     gain = (cost[:, :1] - cost[:, 1:]).mean(0)
@@ -187,17 +195,19 @@ def _confirmed(
     """Of `state` with the proposals that are tried together, what gains most and holds, or ``None``."""
 
     def measure(part: JointPrompts, states: Sequence[State]) -> np.ndarray:
-        return asked.costs(part, [arranged(plan, one, min(BUDGETS)) for one in (state, *states)])
+        return _mean_cost(asked, part, plan, [state, *states], BUDGETS[:1])
 
     states = [applied(plan, state, proposed) for proposed in tried]
     return winner(states, prompts.parts(part_ends(len(prompts))), measure)
 
 
-def _over_budgets(asked: _Asked, prompts: JointPrompts, plan: Plan, states: Sequence[State], **how: Any) -> np.ndarray:
-    """``[prompts, states]``: mean cost over :data:`BUDGETS`; of several measures, one after the other."""
-    arrangements = [arranged(plan, state, total) for total in BUDGETS for state in states]
+def _mean_cost(
+    asked: _Asked, prompts: JointPrompts, plan: Plan, states: Sequence[State], totals: Sequence[float], **how: Any
+) -> np.ndarray:
+    """``[prompts, states]``: mean over the totals; of several measures, one after the other."""
+    arrangements = [arranged(plan, state, total) for total in totals for state in states]
     cost = asked.costs(prompts, arrangements, **how)
-    return cost.reshape(len(cost), -1, len(BUDGETS), len(states)).mean(2).reshape(len(cost), -1)
+    return cost.reshape(len(cost), -1, len(totals), len(states)).mean(2).reshape(len(cost), -1)
 
 
 def _worthwhile(asked: _Asked, prompts: JointPrompts, plan: Plan, state: State) -> tuple[LayerChoice | None, ...]:
@@ -217,7 +227,7 @@ def _alone(asked: _Asked, prompts: JointPrompts, plan: Plan, state: State) -> tu
     states = [state, *((*state[:layer], {}, *state[layer + 1 :]) for layer in chosen)]
     if not chosen:
         return chosen, np.zeros(1), np.zeros(1)
-    both = _over_budgets(asked, prompts, plan, states, of=("shift_bound", "nats")).mean(0)
+    both = _mean_cost(asked, prompts, plan, states, BUDGETS, of=("shift_bound", "nats")).mean(0)
     cost, nats = np.split(both, 2)
     return chosen, cost, nats
 

@@ -13,9 +13,9 @@ from typing import Any
 from flowmm.errors import InputError
 from flowmm.models import LoadedModel
 from flowmm.plans import ModelFingerprint
-from flowmm.profiler.decisions import GATES, OPERATORS, RACES, SELECTIONS, SIMILARITIES, TOGETHER, Budgets
-from flowmm.profiler.joint_budgets import FACTORS, REACHES, STEP_PROMPTS, STEPS
-from flowmm.profiler.joint_costs import BUDGETS, blocks
+from flowmm.profiler.decisions import GATES, OPERATORS, RACES, SELECTIONS, SIMILARITIES, TOGETHER, Budgets, blocks
+from flowmm.profiler.joint_budgets import FACTORS, REACHES, STEPS, step_sizes
+from flowmm.profiler.joint_costs import BUDGETS
 from flowmm.profiler.racing import ONE_IN, part_ends
 from flowmm.profiler.recorder import record_flow
 from flowmm.profiler.samples import Sample, UnreadableSample
@@ -103,7 +103,7 @@ def _choice_batches(layers: int, prompts: int) -> float:
 
 def _step_batches(layers: int, prompts: int) -> float:
     """Batches of caches per prompt and protocol, for one total."""
-    size, most = (min(count, max(1, prompts // 2)) for count in STEP_PROMPTS)
+    size, most = step_sizes(prompts)
     total, each = 0, _batches(1 + layers * len(FACTORS)) + _batches(1 + 2 * len(REACHES))
     for _ in range(STEPS):
         total += size * each

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
-from math import fsum
+
+import numpy as np
 
 from flowmm.plans import LayerPlan, Plan, SensitivityFingerprint
-from flowmm.plans.allocation import along_path, lower_hull
+from flowmm.plans.allocation import Curve, along_path, cheapest
 from flowmm.plans.layers import scale_budgets
 from flowmm.profiler.joint_costs import BUDGETS, Arrangement, JointPrompts
 from flowmm.profiler.profiling import Progress
-from flowmm.profiler.racing import gains_of
+from flowmm.profiler.racing import winner
 
 Ratios = tuple[float, ...]
 """Of the entries that each layer keeps."""
@@ -34,28 +34,11 @@ STEP_PROMPTS = (8, 32)
 # Per total.
 STEPS = 8
 
-Curve = list[tuple[float, float]]
-"""By rising ratio of one layer, what it costs beyond the present one."""
 
-
-def cheapest(curves: Sequence[Curve], total: float) -> Ratios:
-    """Ratios with mean `total` that cost least by the curves' lower hulls, each between the ends of its curve.
-
-    The ends must allow that mean.
-    """
-    hulls = [lower_hull(curve) for curve in curves]
-    ratios = [hull[0][0] for hull in hulls]
-    spare = total * len(curves) - fsum(ratios)
-    steps = sorted(
-        ((after[1] - before[1]) / (after[0] - before[0]), layer, after[0] - before[0])
-        for layer, hull in enumerate(hulls)
-        for before, after in pairwise(hull)
-    )
-    for _, layer, width in steps:
-        taken = min(width, spare)
-        ratios[layer] += taken
-        spare -= taken
-    return tuple(ratios)
+def step_sizes(prompts: int) -> tuple[int, int]:
+    """:data:`STEP_PROMPTS`, or half of the prompts where those are fewer."""
+    first, most = (min(count, max(1, prompts // 2)) for count in STEP_PROMPTS)
+    return first, most
 
 
 def changed_alone(ratios: Ratios) -> list[list[float]]:
@@ -65,7 +48,7 @@ def changed_alone(ratios: Ratios) -> list[list[float]]:
 
 
 def measure_curves(prompts: JointPrompts, planned: Arrangement, ratios: Ratios) -> list[Curve]:
-    """Each layer's curve around `ratios`, the other layers compressed to theirs.
+    """Each layer's curve around `ratios`, the other layers compressed to theirs: what its ratios cost beyond its own.
 
     Every cost but the present one is taken a standard error over prompts above its mean, so that the least of many is
     not the luckiest.
@@ -75,7 +58,7 @@ def measure_curves(prompts: JointPrompts, planned: Arrangement, ratios: Ratios) 
     cost = prompts.costs([replace(planned, ratios=one) for one in (ratios, *alone)])
     rise = cost[:, 1:] - cost[:, :1]
     error = rise.std(0, ddof=1) / len(rise) ** 0.5 if len(rise) > 1 else 0.0
-    curves: list[Curve] = [[(own, 0.0)] for own in ratios]
+    curves = [[(own, 0.0)] for own in ratios]
     for (layer, ratio), worse in zip(changes, (rise.mean(0) + error).tolist(), strict=True):
         curves[layer].append((ratio, worse))
     return [sorted(curve) for curve in curves]
@@ -117,7 +100,7 @@ def measure_allocations(
 
 def _after_steps(prompts: JointPrompts, plan: Plan, total: float, start: Ratios, progress: Progress | None) -> Ratios:
     planned, before = Arrangement.planned(plan, total), BUDGETS.index(total) * STEPS
-    size, most = (min(count, max(1, len(prompts) // 2)) for count in STEP_PROMPTS)
+    size, most = step_sizes(len(prompts))
     ratios, place = start, 0
     for number in range(STEPS):
         if progress is not None:
@@ -139,11 +122,11 @@ def _better(
     first: JointPrompts, second: JointPrompts, planned: Arrangement, total: float, ratios: Ratios
 ) -> Ratios | None:
     """What the first prompts suggest and gains most on the second ones, if it holds there."""
-    proposed = suggestions(measure_curves(first, planned, ratios), ratios, total)
-    if not proposed:
-        return None
-    gains = gains_of(second.costs([replace(planned, ratios=one) for one in (ratios, *proposed)]))
-    return proposed[max(gains, key=lambda place: gains[place])] if gains else None
+
+    def measure(part: JointPrompts, proposed: Sequence[Ratios]) -> np.ndarray:
+        return part.costs([replace(planned, ratios=one) for one in (ratios, *proposed)])
+
+    return winner(suggestions(measure_curves(first, planned, ratios), ratios, total), [second], measure)
 
 
 def with_budgets_of(plan: Plan, other: Plan) -> Plan:

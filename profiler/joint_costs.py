@@ -29,15 +29,6 @@ from flowmm.runtime.settings import CompressionSettings
 BUDGETS = (0.05, 0.1, 0.2)
 """Totals at which layers are compared."""
 
-# What deciding costs does not grow with depth.
-BLOCKS = 6
-
-
-def blocks(layers: int) -> list[range]:
-    """Neighbouring layers in at most :data:`BLOCKS` blocks of about equal size."""
-    count = min(BLOCKS, layers)
-    return [range(layers * block // count, layers * (block + 1) // count) for block in range(count)]
-
 
 def shift_bound(divergence: Tensor) -> Tensor:
     """How likely the next token is another one, at most: min(1, sqrt(KL / 2)) (Pinsker's inequality).

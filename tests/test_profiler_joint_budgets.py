@@ -16,15 +16,14 @@ from tiny_checkpoint import write_checkpoint
 import flowmm
 from flowmm.models import LoadedModel, load_model
 from flowmm.plans import MethodParameters, Plan, unprofiled_plan
+from flowmm.plans.allocation import Curve, cheapest
 from flowmm.profiler import load_calibration
 from flowmm.profiler.joint_budgets import (
     LEAST,
     REACHES,
     STEPS,
-    Curve,
     Ratios,
     changed_alone,
-    cheapest,
     measure_allocations,
     measure_curves,
     suggestions,

@@ -14,7 +14,8 @@ from flowmm.errors import InputError
 from flowmm.models import LoadedModel, load_model
 from flowmm.plans import Plan, unprofiled_plan
 from flowmm.profiler import load_calibration
-from flowmm.profiler.joint_costs import Arrangement, JointPrompts, blocks, shift_bound
+from flowmm.profiler.decisions import blocks
+from flowmm.profiler.joint_costs import Arrangement, JointPrompts, shift_bound
 from flowmm.profiler.sensitivity import PROTOCOLS
 from flowmm.runtime.budgets import entry_budget
 from flowmm.runtime.replay import (
